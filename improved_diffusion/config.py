@@ -1,0 +1,194 @@
+"""All options of all commands: one frozen dataclass per group, each field with its default and help.
+
+No torch here, so that `--help` is quick. `script_util` turns these into flags and back; the code
+that consumes an option reads it from the dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, **extra: Any) -> Any:
+    """A dataclass field that is also a command-line flag of the same name."""
+    return field(default=default, metadata={"help": help, "choices": choices, **extra})
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for a field whose value is not among its choices."""
+    for item in fields(config):
+        choices = item.metadata.get("choices")
+        value = getattr(config, item.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{item.name} {value!r} is unknown: choose from {', '.join(choices)}")
+
+
+def defaults(*groups: type) -> dict[str, Any]:
+    """{option: default} of option groups, in order; options without a default are left out."""
+    items: list[Field[Any]] = [item for group in groups for item in fields(group)]
+    return {item.name: item.default for item in items if item.default is not MISSING}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network's size and form (unet.py)."""
+
+    image_size: int | None = option(None, "height and width of the frames (default: the data set's)")
+    num_channels: int = option(128, "channels of the outermost level; a multiple of 32")
+    num_res_blocks: int = option(2, "residual blocks per level")
+    num_heads: int = option(4, "attention heads")
+    num_heads_upsample: int = option(-1, "attention heads in the decoder (-1: num_heads)")
+    attention_resolutions: str = option("16,8", "image sizes that get attention, comma list")
+    dropout: float = option(0.0, "dropout rate inside residual blocks")
+    learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory")
+    use_scale_shift_norm: bool = option(True, "time embedding scales and shifts the norm (False: added)")
+
+    def __post_init__(self) -> None:
+        if self.num_channels < 32 or self.num_channels % 32:
+            raise ValueError(f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)")
+        for flag in ("num_heads", "num_heads_upsample"):
+            heads = getattr(self, flag)
+            if heads != -1 and (heads < 1 or self.num_channels % heads):
+                raise ValueError(f"--{flag} {heads}: must divide --num_channels {self.num_channels}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process (gaussian_diffusion.py, respace.py)."""
+
+    learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
+    sigma_small: bool = option(False, "fixed variance: the posterior's instead of beta")
+    diffusion_steps: int = option(1000, "number of diffusion timesteps")
+    noise_schedule: str = option("linear", "shape of the noise schedule", choices=("linear", "cosine"))
+    timestep_respacing: str = option(
+        "", "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)"
+    )
+    use_kl: bool = option(False, "train on the variational bound instead of the MSE")
+    predict_xstart: bool = option(False, "the network predicts the clean frames instead of the noise")
+    rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
+    rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.diffusion_steps < 1:
+            raise ValueError(f"--diffusion_steps {self.diffusion_steps}: must be at least 1")
+        if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
+            raise ValueError(
+                f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
+                "(more than 20 are needed): use --noise_schedule cosine or more steps"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run (train_util.py)."""
+
+    dataset: str = field(metadata={"help": "data set name, or a folder of videos (required)"})
+    T: int = option(-1, "frames of a training video, a random window of it (-1: the data set's)")
+    batch_size: int = option(1, "videos per rank and step")
+    microbatch: int = option(-1, "videos per forward and backward pass (-1: batch_size)")
+    max_frames: int = option(20, "frames given to the network at once (K)")
+    num_workers: int = option(-1, "data loading processes per rank (-1: cores - 1)")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
+    lr_anneal_steps: int = option(0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)")
+    max_steps: int = option(0, "stop after so many steps, without annealing (0: no limit)")
+    schedule_sampler: str = option(
+        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
+    )
+    ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma list")
+    ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
+    log_interval: int = option(10, "steps between log lines")
+    save_interval: int = option(50000, "steps between checkpoints")
+    sample_interval: int = option(50000, "steps between samples drawn while training (0: never)")
+    sample_steps: int = option(50, "DDIM steps of the samples drawn while training")
+    save_latest_only: bool = option(False, "keep only the newest checkpoint (*_latest.pt)")
+    keep_checkpoints: int = option(0, "numbered checkpoints to keep (0: all)")
+    resume_id: str = option("", "run to continue (or to start under this id): folder below checkpoints/")
+    resume_checkpoint: str = option("", "start a new run from the weights of this model or EMA file")
+    use_fp16: bool = option(False, "float16 with loss scaling (CUDA only)")
+    fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
+    precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
+    pad_with_random_frames: bool = option(
+        True, "fill up with frames of another video, which count in the loss (False: with nothing)"
+    )
+    seed: int = option(0, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("batch_size", "max_frames", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("lr_anneal_steps", "max_steps", "sample_interval", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.use_fp16 and self.precision == "bf16":
+            raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
+        if self.resume_id and self.resume_checkpoint:
+            raise ValueError("--resume_id and --resume_checkpoint exclude each other: choose one")
+        for rate in self.ema_rates:
+            try:
+                valid = 0 <= float(rate) < 1
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"--ema_rate {self.ema_rate}: {rate!r} is not a number in [0, 1)")
+
+    @property
+    def ema_rates(self) -> tuple[str, ...]:
+        """The rates as typed: they name the files."""
+        return tuple(rate.strip() for rate in self.ema_rate.split(","))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """One sampling run (video_sampling.py)."""
+
+    checkpoint_path: str = field(metadata={"help": "model or EMA checkpoint file", "positional": True})
+    inference_mode: str = field(metadata={"help": "inference strategy (required), see README.md"})
+    step_size: int = option(1, "frames to sample in each inference step")
+    obs_length: int = option(36, "frames observed at the start of the video")
+    max_frames: int | None = option(None, "frames given to the network at once (default: as trained)")
+    num_samples: int = option(1, "samples per test video")
+    T: int | None = option(None, "length of the videos (default: the data set's)")
+    subset_size: int | None = option(None, "use the first so many videos of one fixed permutation")
+    batch_size: int = option(8, "videos sampled at once")
+    eval_dir: str | None = option(None, "replaces results/<run>/<checkpoint> (default: from the path)")
+    use_ddim: bool = option(False, "sample with DDIM")
+    timestep_respacing: str = option("", "timesteps to sample with: an integer or ddim<int> (empty: as trained)")
+    indices: tuple[int, ...] | None = option(None, "only these test videos", nargs="+", item_type=int)
+    sample_idx: int | None = option(None, "make only the sample of this index (num_samples is ignored)")
+    optimal: bool = option(False, "use <evaluation directory>/optimal_schedule.pt", flag=True)
+    device: str = option("", "torch device (default: cuda if there is one)")
+    clip_denoised: bool = option(True, "clip predicted clean frames to the range of pixels")
+    dataset_partition: str = option("test", "which videos to observe", choices=("test", "train"))
+    override_dataset: str = option("", "sample another data set than the model was trained on")
+    just_visualise: bool = option(False, "draw the schedule to a PNG file, sample nothing", flag=True)
+    seed: int = option(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("step_size", "num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.subset_size is not None and self.indices is not None:
+            raise ValueError("--subset_size and --indices exclude each other: choose one")
+        if self.sample_idx is not None and self.sample_idx < 0:
+            raise ValueError(f"--sample_idx {self.sample_idx}: must not be negative")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation (evaluation.py)."""
+
+    eval_dir: str = field(metadata={"help": "evaluation directory: the folder that holds samples/ (required)"})
+    num_samples: int | None = option(None, "samples per video (default: as many as every video has)")
+    modes: tuple[str, ...] = option(("psnr", "ssim"), "metrics to compute", nargs="+", item_type=str)
+    T: int | None = option(None, "length of the videos (default: as sampled)")
+    obs_length: int | None = option(None, "observed frames at the start (default: as sampled)")
+    dataset: str | None = option(None, "data set of the truth (default: as sampled)")
+    dataset_partition: str | None = option(None, "its partition: test or train (default: as sampled)")
+    device: str = option("", "torch device (default: cuda if there is one)")
+    batch_size: int = option(8, "videos read at once")

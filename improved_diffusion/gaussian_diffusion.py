@@ -1,0 +1,384 @@
+"""The diffusion process: DDPM's mathematics, masked losses and bounds, and its own samplers.
+
+Sources: DDPM = Ho et al. 2020 (arXiv 2006.11239); IDDPM = Nichol & Dhariwal 2021 (2102.09672);
+DDIM = Song et al. 2020 (2010.02502); FDM = Harvey et al. 2022 (2205.11495).
+
+Frames are [B, T, C, H, W] in [-1, 1], timesteps t int64 [B] in [0, num_timesteps), masks float
+[B, T, 1, 1, 1]. `model(x, timesteps, **model_kwargs)` is the network; `model_kwargs` holds x0 (the
+clean frames), obs_mask, latent_mask and frame_indices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.losses import discretized_gaussian_log_likelihood, masked_mean, normal_kl
+from improved_diffusion.rng_util import Generators, randn
+
+Model = Callable[..., Tensor]
+
+
+def get_named_beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
+    """The noise variances beta_t, float64 [num_timesteps] in (0, 1).
+
+    linear: DDPM section 4, scaled to any number of steps; cosine: IDDPM Eq. 17.
+    Raises ValueError for an unknown name and for linear schedules of 20 steps or fewer.
+    """
+    if name == "linear":
+        if num_timesteps <= 20:
+            raise ValueError(
+                f"the linear noise schedule needs more than 20 steps, not {num_timesteps}: "
+                "use --noise_schedule cosine"
+            )
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+    if name == "cosine":
+        steps = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+        alphas_cumprod = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+    raise ValueError(f"--noise_schedule {name!r} is unknown: choose from linear, cosine")
+
+
+class GaussianDiffusion:
+    """A diffusion process with variances `betas` (float64 [num_timesteps], in (0, 1])."""
+
+    def __init__(self, betas: np.ndarray, config: DiffusionConfig):
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be a vector of numbers in (0, 1]")
+        self.config = config
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self._tables = self._make_tables()
+        self._device_tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _make_tables(self) -> dict[str, np.ndarray]:
+        """All per-timestep coefficients, in float64."""
+        bar = self.alphas_cumprod
+        bar_prev = np.append(1.0, bar[:-1])
+        posterior_variance = self.betas * (1 - bar_prev) / (1 - bar)  # DDPM Eq. 7
+        # The first posterior variance is 0: its logarithm is clipped to the next one.
+        clipped = np.append(posterior_variance[1:2] if len(bar) > 1 else self.betas, posterior_variance[1:])
+        return {
+            "sqrt_bar": np.sqrt(bar),
+            "sqrt_one_minus_bar": np.sqrt(1 - bar),
+            "log_one_minus_bar": np.log(1 - bar),
+            "sqrt_recip_bar": np.sqrt(1 / bar),
+            "sqrt_recip_bar_minus_one": np.sqrt(1 / bar - 1),
+            "bar": bar,
+            "bar_prev": bar_prev,
+            "posterior_x0": self.betas * np.sqrt(bar_prev) / (1 - bar),
+            "posterior_xt": (1 - bar_prev) * np.sqrt(1 - self.betas) / (1 - bar),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance": np.log(clipped),
+            "log_betas": np.log(self.betas),
+            "large_variance": np.append(clipped[:1], self.betas[1:]),
+            "large_log_variance": np.log(np.append(clipped[:1], self.betas[1:])),
+        }
+
+    def _table(self, name: str, t: Tensor) -> Tensor:
+        """Coefficient `name` at timesteps t, float32 [B, 1, 1, 1, 1]; kept on the device."""
+        key = (name, t.device)
+        if key not in self._device_tables:
+            self._device_tables[key] = torch.from_numpy(self._tables[name]).float().to(t.device)
+        return self._device_tables[key][t][:, None, None, None, None]
+
+    # ------------------------------------------------------------ the process
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), DDPM Eq. 4."""
+        variance = 1.0 - self._table("bar", t)
+        return self._table("sqrt_bar", t) * x_start, variance, self._table("log_one_minus_bar", t)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A draw of x_t given x_0; `noise` stands in for the standard normals (DDPM Eq. 4)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self._table("sqrt_bar", t) * x_start + self._table("sqrt_one_minus_bar", t) * noise
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_{t-1} | x_t, x_0), DDPM Eq. 7."""
+        mean = self._table("posterior_x0", t) * x_start + self._table("posterior_xt", t) * x_t
+        return mean, self._table("posterior_variance", t), self._table("posterior_log_variance", t)
+
+    def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The clean frames that `eps` implies."""
+        return self._table("sqrt_recip_bar", t) * x_t - self._table("sqrt_recip_bar_minus_one", t) * eps
+
+    def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        """The noise that clean frames `x_start` imply."""
+        return (self._table("sqrt_recip_bar", t) * x_t - x_start) / self._table("sqrt_recip_bar_minus_one", t)
+
+    def scale_timesteps(self, t: Tensor) -> Tensor:
+        """Timesteps as the network sees them: 0..1000 whatever their number, with rescaling on."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.config.rescale_timesteps else t
+
+    def run_model(self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None) -> Tensor:
+        """The network's output at x_t, timesteps scaled."""
+        return model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """p(x_{t-1} | x_t): {"mean", "variance", "log_variance", "pred_xstart"}, all like x.
+
+        `denoised_fn` is applied to the predicted clean frames before they are clipped to [-1, 1].
+        """
+        output = self.run_model(model, x, t, model_kwargs)
+        return self._output_to_distribution(output, x, t, clip_denoised, denoised_fn)
+
+    def _output_to_distribution(
+        self,
+        output: Tensor,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        if self.config.learn_sigma:
+            output, fraction = output.chunk(2, dim=2)
+            fraction = (fraction + 1) / 2  # IDDPM Eq. 15
+            log_variance = fraction * self._table("log_betas", t) + (1 - fraction) * self._table(
+                "posterior_log_variance", t
+            )
+            variance = log_variance.exp()
+        elif self.config.sigma_small:
+            variance = self._table("posterior_variance", t).expand_as(x)
+            log_variance = self._table("posterior_log_variance", t).expand_as(x)
+        else:
+            variance = self._table("large_variance", t).expand_as(x)
+            log_variance = self._table("large_log_variance", t).expand_as(x)
+        pred_xstart = output if self.config.predict_xstart else self.predict_xstart_from_eps(x, t, output)
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    # ------------------------------------------------------------ sampling
+
+    def p_sample(
+        self, model: Model, x: Tensor, t: Tensor, *, generator: Generators = None, **options: Any
+    ) -> dict[str, Tensor]:
+        """One DDPM step: {"sample": x_{t-1}, "pred_xstart"}. Options as for p_mean_variance."""
+        out = self.p_mean_variance(model, x, t, **options)
+        noise = randn(x.shape, generator, x.device)
+        not_last = (t > 0).float()[:, None, None, None, None]  # the last step adds no noise
+        sample = out["mean"] + not_last * torch.exp(0.5 * out["log_variance"]) * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """One DDIM step (DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance)."""
+        out = self.p_mean_variance(model, x, t, **options)
+        pred_xstart = out["pred_xstart"]
+        eps = self.predict_eps_from_xstart(x, t, pred_xstart)
+        bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
+        sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
+        sample = bar_prev.sqrt() * pred_xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
+        if eta:
+            sample = sample + sigma * randn(x.shape, generator, x.device)  # sigma is 0 at t = 0
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def p_sample_loop(self, model: Model, shape: tuple[int, ...], **options: Any) -> Tensor:
+        """Sample frames [B, T, C, H, W] with DDPM; options as for `sample_loop`."""
+        return self.sample_loop(self.p_sample, model, shape, **options)
+
+    def ddim_sample_loop(
+        self, model: Model, shape: tuple[int, ...], *, eta: float = 0.0, **options: Any
+    ) -> Tensor:
+        """Sample frames [B, T, C, H, W] with DDIM; options as for `sample_loop`."""
+
+        def step(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            return self.ddim_sample(*args, eta=eta, **kwargs)
+
+        return self.sample_loop(step, model, shape, **options)
+
+    @torch.inference_mode()
+    def sample_loop(
+        self,
+        step: Callable[..., dict[str, Tensor]],
+        model: Model,
+        shape: tuple[int, ...],
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        latent_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Go through all timesteps with `step`, from `noise` (default: drawn) to clean frames.
+
+        latent_mask: the frames to sample (default: model_kwargs' latent_mask; none there: all);
+        the others come out as they are in model_kwargs' x0. generator: a CPU generator, or one per
+        video. device: where to work (default: x0's).
+        """
+        model_kwargs = model_kwargs or {}
+        latent_mask = model_kwargs.get("latent_mask") if latent_mask is None else latent_mask
+        if device is None:
+            device = model_kwargs["x0"].device if "x0" in model_kwargs else torch.device("cpu")
+        x = randn(shape, generator, device) if noise is None else noise.to(device)
+        for t in self._countdown(shape[0], device, progress):
+            x = step(
+                model,
+                x,
+                t,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                model_kwargs=model_kwargs,
+                generator=generator,
+            )["sample"]
+        return x if latent_mask is None else torch.where(latent_mask > 0, x, model_kwargs["x0"])
+
+    def _countdown(self, batch_size: int, device: torch.device | str, progress: bool) -> Iterator[Tensor]:
+        """Timesteps [B] from the last to 0."""
+        steps: Any = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm import tqdm
+
+            steps = tqdm(steps, leave=False)
+        for step in steps:
+            yield torch.full((batch_size,), step, device=device, dtype=torch.int64)
+
+    # ------------------------------------------------------------ losses and bounds
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+        eval_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses per video [B]: "loss" to train on, and its parts "mse", "eval-mse", "vb".
+
+        latent_mask: where the loss counts (None: everywhere); eval_mask: where the second, logged
+        MSE counts. Sources: DDPM Eq. 14; IDDPM Eq. 16 for learn_sigma; FDM section 3.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        output = self.run_model(model, x_t, t, model_kwargs)
+        terms = {}
+        if self.config.use_kl:
+            bound = self._vb_from_output(output, x_start, x_t, t, False, latent_mask)["output"]
+            terms["loss"] = terms["vb"] = bound * self.num_timesteps
+        elif self.config.learn_sigma:
+            mean, variance = output.chunk(2, dim=2)
+            # The bound trains the variance alone: the mean is held fixed in it.
+            frozen = torch.cat([mean.detach(), variance], dim=2)
+            bound = self._vb_from_output(frozen, x_start, x_t, t, False, latent_mask)["output"]
+            terms["vb"] = bound * self.num_timesteps / 1000 if self.config.rescale_learned_sigmas else bound
+        prediction = output.chunk(2, dim=2)[0] if self.config.learn_sigma else output
+        squared_error = ((x_start if self.config.predict_xstart else noise) - prediction) ** 2
+        terms["mse"] = masked_mean(squared_error, latent_mask)
+        terms["eval-mse"] = masked_mean(squared_error.detach(), eval_mask)
+        if not self.config.use_kl:
+            terms["loss"] = terms["mse"] + terms.get("vb", 0.0)
+        return terms
+
+    def vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        latent_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One term of the bound: {"output": bits per dimension [B], "pred_xstart"}.
+
+        The KL divergence of DDPM Eq. 5, or at t = 0 the negative log likelihood of the pixels;
+        masked, and averaged over all dimensions of the T frames given.
+        """
+        output = self.run_model(model, x_t, t, model_kwargs)
+        return self._vb_from_output(output, x_start, x_t, t, clip_denoised, latent_mask)
+
+    def _vb_from_output(
+        self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self._output_to_distribution(output, x_t, t, clip)
+        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
+        nll = -discretized_gaussian_log_likelihood(
+            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+        )
+        nats = torch.where((t == 0)[:, None, None, None, None], nll, kl)
+        return {"output": masked_mean(nats, mask) / math.log(2.0), "pred_xstart": out["pred_xstart"]}
+
+    def prior_bpd(self, x_start: Tensor, latent_mask: Tensor | None = None) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: the bound's constant term."""
+        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        zero = torch.zeros_like(log_variance)
+        return masked_mean(normal_kl(mean, log_variance, zero, zero), latent_mask) / math.log(2.0)
+
+    @torch.inference_mode()
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        *,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        latent_mask: Tensor | None = None,
+        generator: Generators = None,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """The whole bound on the masked frames, in bits per dimension of all T frames given.
+
+        Returns "total_bpd" and "prior_bpd" [B]; "vb", "xstart_mse" and "mse" (of the noise)
+        [B, num_timesteps], index t.
+        """
+        columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+        for t in self._countdown(x_start.shape[0], x_start.device, progress):
+            noise = randn(x_start.shape, generator, x_start.device)
+            x_t = self.q_sample(x_start, t, noise)
+            out = self.vb_terms_bpd(
+                model,
+                x_start,
+                x_t,
+                t,
+                clip_denoised=clip_denoised,
+                model_kwargs=model_kwargs,
+                latent_mask=latent_mask,
+            )
+            eps = self.predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+            columns["vb"].append(out["output"])
+            columns["xstart_mse"].append(masked_mean((out["pred_xstart"] - x_start) ** 2, latent_mask))
+            columns["mse"].append(masked_mean((eps - noise) ** 2, latent_mask))
+        terms = {name: torch.stack(values[::-1], dim=1) for name, values in columns.items()}
+        prior = self.prior_bpd(x_start, latent_mask)
+        return terms | {"prior_bpd": prior, "total_bpd": terms["vb"].sum(dim=1) + prior}

@@ -1,0 +1,180 @@
+"""Every file and folder name under checkpoints/, results/ and datasets/, each with its inverse.
+
+Paths of checkpoints are strings, since they may be remote (gs://, az://) as well as local;
+paths of results are local.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+LATEST = "latest"
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` names an object of a blob store, such as gs://bucket/name."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a binary file that appears at `path` whole or not at all.
+
+    Local files are written beside their final place, synced and renamed; remote ones are one
+    blob write. Parent folders are made. Nothing is left behind when the body raises.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        with _remote_write(path) as file:
+            yield file
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def _remote_write(path: str) -> Iterator[BinaryIO]:
+    """Collect the bytes locally, so that a failing body never leaves half a blob."""
+    import blobfile
+
+    with tempfile.TemporaryFile() as file:
+        yield file  # type: ignore[misc]
+        file.seek(0)
+        with blobfile.BlobFile(path, "wb") as blob:
+            while chunk := file.read(1 << 24):
+                blob.write(chunk)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------- datasets/
+
+
+def dataset_dir(folder: str) -> Path:
+    """`datasets/<folder>`, below DATA_ROOT where that variable is set."""
+    return Path(os.environ.get("DATA_ROOT", "")) / "datasets" / folder
+
+
+# ---------------------------------------------------------------- checkpoints/
+
+
+class CheckpointName(NamedTuple):
+    """What a checkpoint's file name says; `step` is None for `*_latest.pt`."""
+
+    kind: str  # "model", "ema" or "opt"
+    ema_rate: str | None
+    step: int | None
+
+
+def checkpoints_root() -> str:
+    """The folder of all runs: DIFFUSION_BLOB_LOGDIR, or `checkpoints`."""
+    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or "checkpoints"
+
+
+def run_dir(run_id: str) -> str:
+    """The folder of the run `run_id`, which may hold slashes."""
+    return f"{checkpoints_root().rstrip('/')}/{run_id}"
+
+
+def checkpoint_path(folder: str, kind: str, step: int | None) -> str:
+    """`<folder>/<kind>_<6-digit step>.pt`, or `_latest` for None; kind: model, ema_<rate>, opt."""
+    return f"{folder}/{kind}_{LATEST if step is None else f'{step:06d}'}.pt"
+
+
+def ema_kind(ema_rate: str) -> str:
+    """The file name's start for the moving average of rate `ema_rate` (as the user typed it)."""
+    return f"ema_{ema_rate}"
+
+
+def parse_checkpoint_name(name: str) -> CheckpointName | None:
+    """The inverse of `checkpoint_path`; None for any other file.
+
+    Also reads the published code's `model000100.pt` and `ema_0.9999_000100.pt`.
+    """
+    match = re.fullmatch(rf"(model|opt|ema_([0-9.eE+-]+?))_?({LATEST}|\d+)\.pt", os.path.basename(name))
+    if match is None:
+        return None
+    kind = "ema" if match[1].startswith("ema") else match[1]
+    return CheckpointName(kind, match[2], None if match[3] == LATEST else int(match[3]))
+
+
+# ---------------------------------------------------------------- results/
+
+
+def checkpoint_dir_subset(checkpoint: str) -> str:
+    """What of the checkpoint's folder follows the last folder whose name contains "checkpoint".
+
+    With no such folder: the name of the file's folder.
+    """
+    parts = Path(os.path.abspath(checkpoint) if not is_remote(checkpoint) else checkpoint).parts[:-1]
+    for position in range(len(parts) - 1, -1, -1):
+        if "checkpoint" in parts[position]:
+            return "/".join(parts[position + 1 :])
+    return parts[-1]
+
+
+def checkpoint_name(checkpoint: str, step: int, sampler_suffix: str = "") -> str:
+    """The checkpoint's folder under results/: stem, `_<step>` for `latest`, then the sampler."""
+    stem = Path(checkpoint).stem
+    if stem.endswith(LATEST):
+        stem += f"_{step}"
+    return stem + sampler_suffix
+
+
+def results_dir(checkpoint: str, step: int, sampler_suffix: str = "") -> Path:
+    """`results/<checkpoint_dir_subset>/<checkpoint_name>`."""
+    subset = checkpoint_dir_subset(checkpoint)
+    return Path("results") / subset / checkpoint_name(checkpoint, step, sampler_suffix)
+
+
+def inference_mode_str(
+    mode: str, max_frames: int, step_size: int, video_length: int, obs_length: int, *,
+    optimal: bool = False, prefix: str = "", sweeps: int | None = None,
+) -> str:
+    """`[<prefix>]<mode>[_sweeps<n>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`."""
+    sweeps_str = "" if sweeps is None else f"_sweeps{sweeps}"
+    optimal_str = "_optimal" if optimal else ""
+    return f"{prefix}{mode}{sweeps_str}{optimal_str}_{max_frames}_{step_size}_{video_length}_{obs_length}"
+
+
+def sample_name(video: int, sample: int) -> str:
+    """`sample_<video:04d>-<sample>`, without a suffix."""
+    return f"sample_{video:04d}-{sample}"
+
+
+def sample_path(eval_dir: Path, video: int, sample: int) -> Path:
+    """The file of one sampled video."""
+    return eval_dir / "samples" / f"{sample_name(video, sample)}.npy"
+
+
+def parse_sample_name(name: str) -> tuple[int, int] | None:
+    """(video, sample) of a sample's file name; None for any other file."""
+    match = re.fullmatch(r"sample_(\d+)-(\d+)\.npy", os.path.basename(name))
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def metrics_path(eval_dir: Path, num_videos: int, num_samples: int, video_length: int) -> Path:
+    """`metrics_<videos>-<samples>-<T>.pkl`."""
+    return eval_dir / f"metrics_{num_videos}-{num_samples}-{video_length}.pkl"

@@ -1,0 +1,197 @@
+"""From command-line flags to option dataclasses, and from those to models. Torch is imported late."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from improved_diffusion.config import DiffusionConfig, ModelConfig, defaults
+
+if TYPE_CHECKING:
+    from improved_diffusion.respace import SpacedDiffusion
+    from improved_diffusion.unet import UNetVideoModel
+
+Config = TypeVar("Config")
+
+# What a user's mistake or the machine's state raises; anything else is a defect and shows its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, OSError)
+
+
+def str2bool(text: str) -> bool:
+    """True/False, yes/no, 1/0 in any case; anything else is an argparse error."""
+    if text.lower() in ("true", "yes", "y", "t", "1"):
+        return True
+    if text.lower() in ("false", "no", "n", "f", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def _value_type(hint: Any) -> Callable[[str], Any]:
+    """The parser of one value: the first type of an `X | None`."""
+    if isinstance(hint, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    return str2bool if hint is bool else hint
+
+
+def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
+    """Add one flag per field of the option groups; a name that two groups share is added once."""
+    known = {action.dest for action in parser._actions}
+    for group in groups:
+        hints = typing.get_type_hints(group)
+        for item in dataclasses.fields(group):
+            if item.name not in known:
+                _add_argument(parser, item, hints[item.name])
+                known.add(item.name)
+
+
+def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+    meta = item.metadata
+    required = item.default is dataclasses.MISSING
+    help_text = meta["help"].replace("%", "%%")
+    if meta.get("positional"):
+        parser.add_argument(item.name, help=help_text)
+        return
+    if not required and item.default not in (None, ""):
+        shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        help_text += f" [{shown}]"
+    options: dict[str, Any] = {"help": help_text, "type": meta.get("item_type") or _value_type(hint)}
+    options |= {"required": True} if required else {"default": item.default}
+    if meta.get("choices"):
+        options["choices"] = meta["choices"]
+    if meta.get("nargs"):
+        options["nargs"] = meta["nargs"]
+    if meta.get("flag"):  # `--optimal` and `--optimal True` are both fine
+        options |= {"nargs": "?", "const": True}
+    parser.add_argument(f"--{item.name}", **options)
+
+
+def config_from_args(group: type[Config], args: argparse.Namespace | dict[str, Any]) -> Config:
+    """An option dataclass from parsed flags or a stored flat dict.
+
+    Unknown keys are ignored and missing ones get their defaults, so that old and foreign
+    checkpoints load. Raises ValueError where the values are not legal.
+    """
+    values = args if isinstance(args, dict) else vars(args)
+    chosen = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}  # type: ignore[arg-type]
+    return group(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
+
+
+def run_main(main: Callable[[], Any]) -> NoReturn:
+    """Run a script's main: a user's mistake ends in one line and exit code 1, on every rank.
+
+    A failing rank ends the whole run, so that no other waits for it for ever.
+    """
+    from improved_diffusion import dist_util
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main()
+    except USER_ERRORS as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        dist_util.abort(1)
+    except (Exception, KeyboardInterrupt):
+        import traceback
+
+        traceback.print_exc()
+        dist_util.abort(1)
+    sys.exit(0)
+
+
+# ---------------------------------------------------------------- models
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """{option: default} of the model and the diffusion process."""
+    return defaults(ModelConfig, DiffusionConfig)
+
+
+def create_model_and_diffusion(**options: Any) -> tuple[UNetVideoModel, SpacedDiffusion]:
+    """The network and the diffusion process for options of `model_and_diffusion_defaults`.
+
+    Raises ValueError for an unknown option or an illegal value. image_size must be given.
+    """
+    unknown = sorted(set(options) - set(model_and_diffusion_defaults()))
+    if unknown:
+        raise ValueError(f"unknown model or diffusion option {', '.join(unknown)}")
+    return create_model(config_from_args(ModelConfig, options)), create_diffusion(
+        config_from_args(DiffusionConfig, options)
+    )
+
+
+def create_model(config: ModelConfig) -> UNetVideoModel:
+    """The network of `config`, freshly initialised by torch's global generator."""
+    from improved_diffusion.unet import UNetVideoModel
+
+    return UNetVideoModel(config)
+
+
+def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
+    """The diffusion process of `config`, respaced as it says."""
+    from improved_diffusion.respace import SpacedDiffusion
+
+    return SpacedDiffusion(config)
+
+
+def default_device(name: str = "") -> str:
+    """`name`, or cuda where there is a GPU, else cpu."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(path: str, device: str = "cpu") -> tuple[UNetVideoModel, dict[str, Any], int]:
+    """(network in eval mode, flat config, step) of a model or EMA checkpoint.
+
+    Half-precision weights are cast to float32. Raises FileNotFoundError or ValueError for a
+    missing, truncated or foreign file.
+    """
+    from improved_diffusion.checkpoints import load_weights
+
+    checkpoint = load_weights(path)
+    model = create_model(config_from_args(ModelConfig, checkpoint.config))
+    try:
+        model.load_state_dict(checkpoint.state_dict)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip()
+        raise ValueError(f"{path}: the weights do not fit the network of its config: {first}") from None
+    return model.to(device).eval(), checkpoint.config, checkpoint.step
+
+
+def resolve_indices(
+    num_videos: int,
+    *,
+    indices: Sequence[int] | None,
+    subset_size: int | None,
+    batch_size: int,
+) -> list[int]:
+    """The videos that this process works on, in order.
+
+    `subset_size` takes the first of one fixed permutation. With SLURM_ARRAY_TASK_ID=i only the
+    i-th batch of what is chosen; empty past the end. Raises ValueError for an index out of range.
+    """
+    import numpy as np
+
+    if indices is not None:
+        for index in indices:
+            if not 0 <= index < num_videos:
+                raise ValueError(f"--indices {index}: the data set has videos 0 to {num_videos - 1}")
+        chosen = list(dict.fromkeys(indices))
+    elif subset_size is not None:
+        if not 1 <= subset_size <= num_videos:
+            raise ValueError(f"--subset_size {subset_size}: the data set has {num_videos} videos")
+        chosen = [int(i) for i in np.random.RandomState(0).permutation(num_videos)[:subset_size]]
+    else:
+        chosen = list(range(num_videos))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return chosen
+    if not task.isdigit():
+        raise ValueError(f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index")
+    return chosen[int(task) * batch_size : (int(task) + 1) * batch_size]

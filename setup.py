@@ -1,0 +1,46 @@
+"""Install with `pip install -e .`; the extras are described in README.md."""
+
+from setuptools import find_packages, setup
+
+TF = [
+    # tensorflow-gan needs tf.estimator, which is gone from TensorFlow 2.16 on.
+    "tensorflow-cpu==2.15.1; python_version < '3.12'",
+    "tensorflow-gan==2.1.0; python_version < '3.12'",
+    "tensorflow-hub==0.15.0; python_version < '3.12'",
+    "tensorflow-probability==0.23.0; python_version < '3.12'",
+    "setuptools>=77.0.3,<81; python_version < '3.12'",
+]
+MPI = ["mpich>=4.3,<6"]
+VIDEO = ["av>=12"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+
+setup(
+    name="improved-diffusion",
+    version="0.1.0",
+    description="Flexible diffusion modeling of long videos",
+    license="MIT",
+    packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy>=1.26.4,<3",
+        "scipy",
+        "mpi4py>=4.1,<5",
+        "blobfile>=3.1,<4",
+        "wandb>=0.17,<=0.28.0",
+        "imageio>=2.34,<3",
+        "imageio-ffmpeg>=0.5.1",
+        "pillow",
+        "lpips==0.1.4",
+        "scikit-image>=0.24",
+        "tqdm",
+        "filelock",
+    ],
+    extras_require={
+        "tf": TF,
+        "mpi": MPI,
+        "video": VIDEO,
+        "test": TEST + MPI + VIDEO,
+    },
+)
