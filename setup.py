@@ -34,6 +34,7 @@ setup(
         "pillow",
         "lpips==0.1.4",
         "scikit-image>=0.24",
+        "matplotlib>=3.8",
         "tqdm",
         "filelock",
     ],

@@ -157,7 +157,12 @@ class SampleConfig:
     batch_size: int = option(8, "videos sampled at once")
     eval_dir: str | None = option(None, "replaces results/<run>/<checkpoint> (default: from the path)")
     use_ddim: bool = option(False, "sample with DDIM")
+    sampler: str = option(
+        "", "way of sampling (default: ddpm)", choices=("", "ddpm", "ddim", "dpmpp2m", "heun")
+    )
+    eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option("", "timesteps to sample with: an integer or ddim<int> (empty: as trained)")
+    precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
     indices: tuple[int, ...] | None = option(None, "only these test videos", nargs="+", item_type=int)
     sample_idx: int | None = option(None, "make only the sample of this index (num_samples is ignored)")
     optimal: bool = option(False, "use <evaluation directory>/optimal_schedule.pt", flag=True)
@@ -177,6 +182,22 @@ class SampleConfig:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
         if self.sample_idx is not None and self.sample_idx < 0:
             raise ValueError(f"--sample_idx {self.sample_idx}: must not be negative")
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise ValueError(f"--use_ddim True and --sampler {self.sampler} contradict each other: drop one")
+        if self.eta and self.sampler_name != "ddim":
+            raise ValueError(f"--eta {self.eta} goes with --use_ddim True, not with {self.sampler_name}")
+
+    @property
+    def sampler_name(self) -> str:
+        """The registered name of the sampler that the options choose."""
+        return self.sampler or ("ddim" if self.use_ddim else "ddpm")
+
+    @property
+    def sampler_suffix(self) -> str:
+        """What the options that change the sampler add to the checkpoint's folder under results/."""
+        name = "" if self.sampler_name == "ddpm" else f"_{self.sampler_name}"
+        eta = f"_eta{self.eta:g}" if self.eta else ""
+        return name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
 
 
 @dataclass(frozen=True)
@@ -192,3 +213,24 @@ class EvalConfig:
     dataset_partition: str | None = option(None, "its partition: test or train (default: as sampled)")
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos read at once")
+
+
+@dataclass(frozen=True)
+class GifConfig:
+    """Videos to look at (gallery.py)."""
+
+    eval_dir: str = field(metadata={"help": "evaluation directory: the folder that holds samples/ (required)"})
+    format: str = option("gif", "file format", choices=("gif", "mp4"))
+    add_gt: bool = option(False, "put the true video to the left of each sample", flag=True)
+    grid: bool = option(False, "write one grid of all videos (rows) and samples (columns) instead", flag=True)
+    fps: int = option(10, "frames per second")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration (demo.py)."""
+
+    minutes: float = option(5.0, "minutes of training")
+    device: str = option("", "torch device of sampling (default: cuda if there is one)")
+    num_videos: int = option(8, "test videos to sample")
+    seed: int = option(0, "seed of everything random")

@@ -1,0 +1,280 @@
+"""Launchers, ranks and collectives: the only module that knows MPI, torchrun, srun or torch.distributed.
+
+Everything works without `setup_dist` too, as one process with rank 0; torch is imported only by
+functions that compute something.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Value = TypeVar("Value")
+
+# Other ranks wait while rank 0 draws samples or writes checkpoints: above the longest such work.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+
+# Set for every process by the launcher; OMPI_* and PMIX_* also hold settings a user exports.
+MPI_RANK_VARIABLES = ("PMI_RANK", "PMI_ID", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+@dataclass
+class _World:
+    """This process among all; `mpi` is the MPI communicator where MPI was started."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    cores: int = 1
+    mpi: Any = None
+    started: bool = False
+
+
+_world = _World()
+
+
+def launcher() -> str:
+    """What started this process: "torchrun", "mpi", "srun", or "" for a plain process."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return "torchrun"
+    if any(name in os.environ for name in MPI_RANK_VARIABLES):
+        return "mpi"
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        return "srun"
+    return ""
+
+
+def setup_dist() -> None:
+    """Find this process's rank and join the others; call once, before any other function here.
+
+    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and
+    RuntimeError where mpi4py finds no MPI library.
+    """
+    import torch
+
+    if _world.started:
+        return
+    _world.cores = len(os.sched_getaffinity(0))
+    kind = launcher()
+    store = {"torchrun": _join_torchrun, "mpi": _join_mpi, "srun": _join_srun, "": lambda: None}[kind]()
+    _world.started = True
+    if kind == "mpi" and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(_world.cores)  # under mpiexec torch sees one core per rank
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dev())
+    if _world.size > 1:
+        torch.distributed.init_process_group(
+            backend="nccl" if torch.cuda.is_available() else "gloo",
+            store=store, rank=_world.rank, world_size=_world.size, timeout=COLLECTIVE_TIMEOUT,
+        )
+
+
+def _join_torchrun() -> Any:
+    env = os.environ
+    _world.rank, _world.size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    _world.local_rank = int(env.get("LOCAL_RANK", 0))
+    _world.cores = max(1, _world.cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
+    if _world.size == 1:
+        return None
+    import torch
+
+    return next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
+
+
+def _join_mpi() -> Any:
+    """Ranks from MPI; rank 0 opens the rendezvous on a free port and tells the others over MPI."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    launched = max(int(os.environ.get(name, 1)) for name in MPI_SIZE_VARIABLES)
+    if comm.size == 1 and launched > 1:
+        raise ValueError(
+            f"{launched} processes were started, but mpi4py's MPI library sees only itself: use the mpiexec "
+            "of that library, or point MPI4PY_LIBMPI at the library of this mpiexec, or use torchrun"
+        )
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = node.allgather(os.sched_getaffinity(0))
+    share = len(set().union(*cores)) // node.size
+    _world.mpi, _world.rank, _world.size = comm, comm.rank, comm.size
+    _world.local_rank, _world.cores = node.rank, max(1, min(_world.cores, share))
+    if comm.size == 1:
+        return None
+    if comm.rank == 0:
+        host = "127.0.0.1" if node.size == comm.size else socket.gethostname()
+        store = _store(host, 0)
+        comm.bcast((host, store.port))
+        return store
+    return _store(*comm.bcast(None))
+
+
+def _join_srun() -> Any:
+    env = os.environ
+    _world.rank, _world.size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    _world.local_rank = int(env.get("SLURM_LOCALID", 0))
+    host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+    port = env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 10000
+    return _store(host, int(port))
+
+
+def _store(host: str, port: int) -> Any:
+    """The rendezvous: rank 0 serves it (port 0: a free one), the others connect."""
+    import torch
+
+    return torch.distributed.TCPStore(
+        host, port, _world.size, _world.rank == 0, COLLECTIVE_TIMEOUT, wait_for_workers=False
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: "gpu[03-05,9],x1" gives "gpu03"."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r} names no host: set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return _world.rank
+
+
+def world_size() -> int:
+    """The number of processes, 1 when alone."""
+    return _world.size
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return _world.local_rank
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files and talks to the user."""
+    return _world.rank == 0
+
+
+def cores() -> int:
+    """CPU cores for this rank: an equal share of the machine's among its ranks."""
+    return _world.cores if _world.started else len(os.sched_getaffinity(0))
+
+
+def dev() -> torch.device:
+    """The device to compute on: the GPU numbered like the rank on its machine, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", _world.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has held so far, in 10^9 bytes: the GPU's, or its own."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    max_over_ranks(0)
+
+
+def broadcast_object(value: Value) -> Value:
+    """Rank 0's `value` (anything that pickles) on every rank."""
+    if _world.size == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=dev())
+    return box[0]
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """Concatenate a tensor of equal shape [N, ...] from every rank: [world_size * N, ...]."""
+    if _world.size == 1:
+        return values
+    import torch
+
+    parts = [torch.empty_like(values) for _ in range(_world.size)]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def max_over_ranks(*values: int) -> tuple[int, ...]:
+    """The largest of each integer over the ranks."""
+    if _world.size == 1:
+        return values
+    import torch
+
+    box = torch.tensor(values, device=dev())
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return tuple(box.tolist())
+
+
+def mean_over_ranks(
+    values: Mapping[str, float], counts: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Means over the ranks that have a key, weighted by `counts` (1 each by default).
+
+    All ranks must call; their keys may differ.
+    """
+    weights = dict.fromkeys(values, 1.0) if counts is None else counts
+    own = {key: (value * weights[key], weights[key]) for key, value in values.items()}
+    gathered: list[dict[str, tuple[float, float]]] = [own]
+    if _world.size > 1:
+        import torch
+
+        gathered = [{}] * _world.size
+        torch.distributed.all_gather_object(gathered, own)
+    keys = dict.fromkeys(key for part in gathered for key in part)
+    sums = {key: [part[key] for part in gathered if key in part] for key in keys}
+    return {key: sum(v for v, _ in pairs) / sum(n for _, n in pairs) for key, pairs in sums.items()}
+
+
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """`model` with rank 0's parameters and gradients averaged over ranks; itself when alone."""
+    if _world.size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    device = dev()
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def cleanup() -> None:
+    """Leave the other ranks in an orderly way, at the end of the run."""
+    if _world.started and _world.size > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    _world.__dict__.update(_World().__dict__)
+
+
+def abort(code: int) -> NoReturn:
+    """End this process, and under MPI all ranks, at once: the others may be waiting for this one.
+
+    torchrun ends its other processes by itself; srun does with --kill-on-bad-exit=1.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _world.mpi is not None:
+        _world.mpi.Abort(code)
+    if _world.started:
+        os._exit(code)  # interpreter shutdown would wait for data workers and pending collectives
+    sys.exit(code)

@@ -1,0 +1,222 @@
+"""Data sets of videos: training items, the order of training, test videos.
+
+Frames are uint8 here; the training loop turns them into [-1, 1] on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from improved_diffusion.dataset_files import (
+    DATASETS,
+    DatasetSpec,
+    VideoFiles,
+    dataset_spec,
+    prepare_dataset,
+    require_length,
+)
+from improved_diffusion.frame_masks import draw_frames
+
+__all__ = [
+    "DATASETS",
+    "DatasetSpec",
+    "ShardedSampler",
+    "TrainDataset",
+    "VideoTestSet",
+    "dataset_spec",
+    "get_test_dataset",
+    "get_train_dataset",
+    "prepare_dataset",
+]
+
+
+# ---------------------------------------------------------------- training
+
+
+class TrainDataset(Dataset[dict[str, torch.Tensor]]):
+    """Training items, each a function of (seed, epoch, index) alone.
+
+    An item has K = max_frames frames: observed ones first, then latent ones, then padding, which
+    is in neither mask. Keys:
+        frames: uint8 [K, 3, H, W]; padding is random frames of another video, or zeros.
+        frame_indices: int64 [K], positions in the window of T frames.
+        obs_mask, latent_mask: float32 [K, 1, 1, 1], 0 or 1.
+    """
+
+    def __init__(
+        self, files: VideoFiles, *, T: int, max_frames: int, seed: int, pad_with_random_frames: bool
+    ) -> None:
+        self.files = files
+        self.T = T
+        self.max_frames = max_frames
+        self.seed = seed
+        self.pad_with_random_frames = pad_with_random_frames
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The item of video `index` in epoch `epoch`; key: (epoch, index).
+
+        Raises ValueError that names the file where it is broken or too short.
+        """
+        epoch, index = key
+        rng = np.random.default_rng([self.seed, epoch, index])
+        observed, latent = draw_frames(self.T, self.max_frames, rng)
+        indices = np.concatenate([observed, latent])
+        frames = self._read_window(index, indices, rng)
+        num_padding = self.max_frames - len(indices)
+        if num_padding:
+            pad_frames, pad_indices = self._padding(index, num_padding, frames, rng)
+            frames = np.concatenate([frames, pad_frames])
+            indices = np.concatenate([indices, pad_indices])
+        role = np.arange(self.max_frames).reshape(-1, 1, 1, 1)
+        is_observed = role < len(observed)
+        is_latent = ~is_observed & (role < len(observed) + len(latent))
+        return {
+            "frames": torch.from_numpy(frames),
+            "frame_indices": torch.from_numpy(indices),
+            "obs_mask": torch.from_numpy(is_observed.astype(np.float32)),
+            "latent_mask": torch.from_numpy(is_latent.astype(np.float32)),
+        }
+
+    def _read_window(self, index: int, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The frames `indices` of a random window of T frames of video `index`."""
+        video = self.files.open(index)
+        length = video.shape[0]
+        require_length(video.path, length, self.T)
+        return self.files.read(video, rng.integers(length - self.T + 1) + indices)
+
+    def _padding(
+        self, index: int, number: int, frames: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(frames, frame indices) that fill up an item of video `index`.
+
+        Distinct frames where the window has enough; of the same video where it is the only one.
+        """
+        if not self.pad_with_random_frames:
+            return np.zeros((number, *frames.shape[1:]), np.uint8), np.zeros(number, np.int64)
+        other = (index + int(rng.integers(1, max(2, len(self))))) % len(self)
+        indices = rng.choice(self.T, size=number, replace=number > self.T)
+        return self._read_window(other, indices, rng), indices
+
+
+def get_train_dataset(
+    name: str,
+    *,
+    T: int,
+    max_frames: int,
+    seed: int = 0,
+    image_size: int | None = None,
+    pad_with_random_frames: bool = True,
+) -> TrainDataset:
+    """The training items of a data set.
+
+    Args:
+        name: a name in DATASETS or a folder of videos.
+        T: frames of the random window that is trained on.
+        max_frames: K, frames of an item.
+        seed: seed of everything random.
+        image_size: None: that of the data set.
+        pad_with_random_frames: fill items up with frames of another video instead of zeros.
+
+    Raises ValueError for T below 1 or above the length of a video, and as `dataset_spec`;
+    FileNotFoundError as `prepare_dataset`.
+    """
+    if T < 1 or max_frames < 1:
+        raise ValueError(f"--T {T}, --max_frames {max_frames}: both must be at least 1")
+    spec = dataset_spec(name, image_size=image_size)
+    prepare_dataset(name)
+    files = VideoFiles(spec, "train")
+    files.check_length(T)
+    return TrainDataset(
+        files, T=T, max_frames=max_frames, seed=seed, pad_with_random_frames=pad_with_random_frames
+    )
+
+
+class ShardedSampler(Sampler[tuple[int, int]]):
+    """One rank's share of an endless stream of keys (epoch, index).
+
+    The stream of all ranks is one seeded permutation of the videos per epoch, end to end; rank r
+    takes the positions start + r, start + r + world_size, ... So no key is lost or met twice, and
+    a run that has consumed n keys on all ranks together goes on exactly with start=n.
+
+    Raises ValueError for an empty data set, a rank outside [0, world_size) or start < 0.
+    """
+
+    def __init__(
+        self, num_videos: int, *, rank: int, world_size: int, seed: int, start: int = 0
+    ) -> None:
+        if num_videos < 1 or not 0 <= rank < world_size or start < 0:
+            raise ValueError(f"cannot shard {num_videos} videos: {rank=}, {world_size=}, {start=}")
+        self.num_videos = num_videos
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.start + self.rank
+        current = -1
+        while True:
+            epoch, place = divmod(position, self.num_videos)
+            if epoch != current:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_videos)
+                current = epoch
+            yield epoch, int(order[place])
+            position += self.world_size
+
+
+# ---------------------------------------------------------------- testing
+
+
+class VideoTestSet:
+    """Test videos in a fixed order: by the number in the file's name, then by name."""
+
+    def __init__(self, files: VideoFiles, T: int) -> None:
+        self.files = files
+        self.name = files.spec.name
+        self.T = T
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def length(self, i: int) -> int:
+        """Frames in the file of video i, perhaps fewer than T."""
+        return self.files.open(i).shape[0]
+
+    def read(self, i: int, frame_indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Frames of video i: uint8 [n, 3, H, W].
+
+        Args:
+            i: index of the video in [0, len(self)).
+            frame_indices: n frames of the file (None: the first T, or all where it has fewer).
+
+        Raises ValueError for an index outside the video or a broken file.
+        """
+        video = self.files.open(i)
+        if frame_indices is None:
+            frame_indices = range(min(self.T, video.shape[0]))
+        return self.files.read(video, frame_indices)
+
+
+def get_test_dataset(
+    name: str, *, T: int | None = None, image_size: int | None = None, partition: str = "test"
+) -> VideoTestSet:
+    """The videos of one partition of a data set, from their first frame on.
+
+    Args:
+        name: a name in DATASETS or a folder of videos.
+        T: frames of a video (None: the data set's); may be more than the files have.
+        image_size: None: that of the data set.
+        partition: "test" or "train".
+
+    Raises ValueError as `dataset_spec`, FileNotFoundError as `prepare_dataset`.
+    """
+    spec = dataset_spec(name, image_size=image_size)
+    prepare_dataset(name)
+    return VideoTestSet(VideoFiles(spec, partition), spec.T if T is None else T)

@@ -1,0 +1,23 @@
+"""From nothing to videos: makes bouncy_balls, trains a small network, samples, scores, writes gifs."""
+
+import argparse
+
+from improved_diffusion.config import DemoConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, DemoConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = config_from_args(DemoConfig, create_argparser().parse_args(argv))
+    from improved_diffusion.demo import run_demo
+
+    run_demo(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,23 @@
+"""Score samples against the test videos; writes <eval_dir>/metrics_<videos>-<samples>-<T>.pkl."""
+
+import argparse
+
+from improved_diffusion.config import EvalConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, EvalConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = config_from_args(EvalConfig, create_argparser().parse_args(argv))
+    from improved_diffusion.evaluation import evaluate, format_table
+
+    print(format_table(evaluate(config)))
+
+
+if __name__ == "__main__":
+    run_main(main)
