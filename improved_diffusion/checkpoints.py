@@ -83,9 +83,13 @@ def _read(path: str) -> dict[str, Any]:
         raise type(error)(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises many types for bytes that are no checkpoint
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): copy it again") from None
+        raise ValueError(
+            f"{path}: truncated, or not a checkpoint ({reason}): copy it again"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint of this project (holds a {type(content).__name__})")
+        raise ValueError(
+            f"{path}: not a checkpoint of this project (holds a {type(content).__name__})"
+        )
     return content
 
 
@@ -118,7 +122,9 @@ def _names(folder: str) -> list[tuple[str, paths.CheckpointName]]:
     if not _exists(folder):
         return []
     files = sorted(_listdir(folder))
-    return [(file, name) for file in files if (name := paths.parse_checkpoint_name(file)) is not None]
+    return [
+        (file, name) for file in files if (name := paths.parse_checkpoint_name(file)) is not None
+    ]
 
 
 def _complete_sets(folder: str) -> list[tuple[int, int | None]]:
@@ -127,9 +133,13 @@ def _complete_sets(folder: str) -> list[tuple[int, int | None]]:
     for _, name in _names(folder):
         kinds.setdefault(name.step, set()).add(name.kind)
     complete = [suffix for suffix, found in kinds.items() if {"model", "opt"} <= found]
-    sets: list[tuple[int, int | None]] = [(suffix, suffix) for suffix in complete if suffix is not None]
+    sets: list[tuple[int, int | None]] = [
+        (suffix, suffix) for suffix in complete if suffix is not None
+    ]
     if None in complete:
-        steps = {_stored_step(f"{folder}/{file}") for file, name in _names(folder) if name.step is None}
+        steps = {
+            _stored_step(f"{folder}/{file}") for file, name in _names(folder) if name.step is None
+        }
         if len(steps) == 1:  # a killed save can leave links to two sets; then one is here by number
             newest = steps.pop()
             if newest not in complete:
@@ -172,7 +182,8 @@ def save_run(
     """
     weights = {"model": model_state, **{paths.ema_kind(rate): s for rate, s in ema_states.items()}}
     contents: dict[str, Any] = {
-        kind: {"state_dict": state, "config": dict(config), "step": step} for kind, state in weights.items()
+        kind: {"state_dict": state, "config": dict(config), "step": step}
+        for kind, state in weights.items()
     }
     contents["opt"] = {**opt_state, "step": step}
     for kind, content in contents.items():
@@ -197,7 +208,9 @@ def _write(path: str, content: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch hides a failing write in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0]
-        raise OSError(f"cannot write {path}: {reason}; the last complete checkpoint is untouched") from error
+        raise OSError(
+            f"cannot write {path}: {reason}; the last complete checkpoint is untouched"
+        ) from error
 
 
 def _portable(value: Any) -> Any:

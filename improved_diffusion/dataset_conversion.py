@@ -50,9 +50,10 @@ def convert_release(name: str, source: Path) -> Path:
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give the release's folder as --source")
     unfinished = spec.root.with_name(f"{spec.root.name}.partial")
+    read_release = _tfds_videos if (source / "dataset_info.json").is_file() else _file_videos
     for partition in PARTITIONS:
-        release = _tfds_videos if (source / "dataset_info.json").is_file() else _file_videos
-        _write_partition(release(source, partition), unfinished / partition, spec.T, spec.image_size)
+        release = read_release(source, partition)
+        _write_partition(release, unfinished / partition, spec.T, spec.image_size)
     os.rename(unfinished, spec.root)
     return spec.root
 

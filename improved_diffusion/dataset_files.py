@@ -1,9 +1,10 @@
-"""Which data sets there are, where their files lie, and how missing ones are made. No torch here."""
+"""Which data sets there are, where their files lie, how missing ones are made. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from improved_diffusion import bouncy_balls, paths, video_io
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SIZES = (32, 64, 128, 256)  # the sizes that the network knows
+IMAGE_SIZES = (32, 64, 128, 256)  # the sizes that unet.py has a network for
 CSV_LINE = re.compile(r"\d+,(.+)")
 
 
@@ -31,7 +33,16 @@ def _list_partition_folder(folder: Path, partition: str) -> list[Path]:
     """`<folder>/<partition>/*`, whatever the format."""
     if not (folder / partition).is_dir():
         raise FileNotFoundError(f"{folder / partition}: no such folder; put the videos there")
-    return [p for p in (folder / partition).iterdir() if p.suffix.lower() in video_io.READERS]
+    return _videos_in(folder / partition)
+
+
+def _videos_in(folder: Path) -> list[Path]:
+    """Its files of any format that can be read, in order; hidden ones do not count."""
+    return sorted_files(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in video_io.READERS and not path.name.startswith(".")
+    )
 
 
 def _list_csv(folder: Path, partition: str) -> list[Path]:
@@ -49,6 +60,41 @@ def _list_csv(folder: Path, partition: str) -> list[Path]:
     return [folder / Path(match[1]).name for match in matches if match is not None]
 
 
+def _list_split(test_fraction: float, folder: Path, partition: str) -> list[Path]:
+    """A fixed random part of `<folder>/*` for testing, the rest for training."""
+    files = _videos_in(folder)
+    num_test = round(test_fraction * len(files))
+    order = np.random.RandomState(0).permutation(len(files))
+    return [files[i] for i in (order[:num_test] if partition == "test" else order[num_test:])]
+
+
+@dataclass(frozen=True)
+class FrameRate:
+    """Which frames of a file count: one in `stride`, or `fps` per second of the file's time."""
+
+    stride: int = 1
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
+            raise ValueError("--frame_stride must be at least 1, --fps above 0")
+        if self.stride > 1 and self.fps is not None:
+            raise ValueError("--frame_stride and --fps exclude each other: choose one")
+
+    def step(self, path: Path, file_fps: float | None) -> float:
+        """Frames of the file from one frame to the next, at least 1.
+
+        Raises ValueError where the file has no frame rate or a lower one.
+        """
+        if self.fps is None:
+            return self.stride
+        if file_fps is None:
+            raise ValueError(f"{path}: has no frame rate: use --frame_stride instead of --fps")
+        if file_fps < self.fps * (1 - 1e-6):
+            raise ValueError(f"{path}: has {file_fps:g} frames a second, below --fps {self.fps:g}")
+        return max(1.0, file_fps / self.fps)
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """One data set.
@@ -63,11 +109,13 @@ class DatasetSpec:
     file_size: int | None  # frames in the files have this size (None: any size)
     list_files: Callable[[Path, str], list[Path]] = _list_partition_folder
     how_to_make: str = ""
+    frame_rate: FrameRate = FrameRate()
+    skip_broken: bool = False  # leave out training videos that are broken or too short
 
     @property
     def root(self) -> Path:
         """The folder on disk; DATA_ROOT counts for the named sets alone."""
-        return paths.dataset_dir(str(self.folder)) if self.name in DATASETS else self.folder
+        return self.folder if self.folder.is_absolute() else paths.dataset_dir(str(self.folder))
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -86,6 +134,10 @@ DATASETS: dict[str, DatasetSpec] = {
             how_to_make="make it with `python datasets/minerl.py`",
         ),
         DatasetSpec(
+            "memory_mazes", Path("memory_mazes"), 300, 64, 64,
+            how_to_make="make it with `python datasets/memory_mazes.py`",
+        ),
+        DatasetSpec(
             "carla_no_traffic", Path("carla/no-traffic"), 1000, 128, 128, _list_csv,
             how_to_make="download it as datasets/README.md says",
         ),
@@ -93,47 +145,82 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-def dataset_spec(name: str, *, image_size: int | None = None) -> DatasetSpec:
+def dataset_spec(
+    name: str,
+    *,
+    image_size: int | None = None,
+    frame_stride: int = 1,
+    fps: float | None = None,
+    test_fraction: float | None = None,
+    skip_broken: bool = False,
+) -> DatasetSpec:
     """The data set of a name in DATASETS, or of a folder with train/ and test/.
 
     Args:
         name: the name or the folder's path. A named set's videos are not looked at.
         image_size: scale the frames to this size (None: the size of the files).
+        frame_stride: take one frame in so many.
+        fps: take so many frames per second of the files' time.
+        test_fraction: the videos lie in the folder itself; this share of them, in [0, 1], is
+            for testing (None: they lie in train/ and test/).
+        skip_broken: leave out training videos that are broken or too short, with a warning.
 
-    Raises ValueError for an unknown name, an impossible image size, or a folder whose videos
-    differ in size or are not square while no image size is given.
+    Raises ValueError for an unknown name, impossible options, or a folder whose videos differ in
+    size or are not square while no image size is given.
     """
     if image_size is not None and image_size not in IMAGE_SIZES:
         raise ValueError(f"--image_size {image_size}: choose one of {IMAGE_SIZES}")
+    rate = FrameRate(frame_stride, fps)
     if name in DATASETS:
+        if fps is not None or test_fraction is not None:
+            raise ValueError(f"--fps and --test_fraction are for folders of videos, not for {name}")
         spec = DATASETS[name]
-        return spec if image_size is None else dataclasses.replace(spec, image_size=image_size)
-    if name and Path(name).is_dir():
-        return _folder_spec(Path(name), image_size)
-    names = ", ".join(DATASETS)
-    raise ValueError(f"unknown data set {name!r}: choose {names} or a folder of videos")
+        return dataclasses.replace(
+            spec,
+            T=video_io.subsampled_length(spec.T, frame_stride),
+            image_size=image_size or spec.image_size,
+            frame_rate=rate,
+            skip_broken=skip_broken,
+        )
+    if not name or not Path(name).is_dir():
+        names = ", ".join(DATASETS)
+        raise ValueError(f"unknown data set {name!r}: choose {names} or a folder of videos")
+    folder = Path(name).resolve()
+    list_files = _list_partition_folder
+    if test_fraction is not None:
+        if not 0 <= test_fraction <= 1:
+            raise ValueError(f"--test_fraction {test_fraction}: must be in [0, 1]")
+        list_files = functools.partial(_list_split, test_fraction)
+    spec = DatasetSpec(
+        folder.name, folder, 0, 0, None, list_files, frame_rate=rate, skip_broken=skip_broken
+    )
+    return _measure_folder(spec, image_size)
 
 
-def _folder_spec(folder: Path, image_size: int | None) -> DatasetSpec:
-    """The data set of a folder of one's own: lengths and sizes are those of its videos."""
+def _measure_folder(spec: DatasetSpec, image_size: int | None) -> DatasetSpec:
+    """`spec` with the T and the image size of the videos in a folder of one's own."""
     shapes: dict[Path, tuple[int, int, int]] = {}
     for partition in ("train", "test"):
-        if (folder / partition).is_dir():
-            shapes |= _video_shapes(folder, _list_partition_folder(folder, partition))
+        # One of the two folders may be missing, until somebody wants its videos.
+        with contextlib.suppress(FileNotFoundError):
+            shapes |= _video_shapes(spec, partition)
     if not shapes:
         formats = ", ".join(sorted(video_io.READERS))
-        raise FileNotFoundError(f"{folder}: no videos ({formats}) in its folders train/ or test/")
+        raise FileNotFoundError(
+            f"{spec.root}: no videos ({formats}) in its folders train/ or test/; "
+            "for videos in the folder itself give --test_fraction"
+        )
     if image_size is None:
         sizes = {shape[1:] for shape in shapes.values()}
         height, width = min(sizes)
         if len(sizes) > 1 or height != width or height not in IMAGE_SIZES:
             raise ValueError(
-                f"{folder}: has videos of {height}x{width}{' and other sizes' * (len(sizes) > 1)}: "
-                f"give --image_size, one of {IMAGE_SIZES}"
+                f"{spec.root}: has videos of {height}x{width}"
+                f"{' and other sizes' * (len(sizes) > 1)}: give --image_size, one of {IMAGE_SIZES}"
             )
         image_size = height
     shortest = min(shape[0] for shape in shapes.values())
-    return DatasetSpec(folder.resolve().name, folder.resolve(), shortest, image_size, None)
+    return dataclasses.replace(spec, T=shortest, image_size=image_size)
 
 
 def sorted_files(files: Iterable[Path]) -> list[Path]:
@@ -146,26 +233,58 @@ def sorted_files(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=key)
 
 
-def _video_shapes(folder: Path, files: list[Path]) -> dict[Path, tuple[int, int, int]]:
-    """{file: (T, H, W)}, kept in `<folder>/.video_index.json`; changed files are read again."""
-    from tqdm import tqdm
+def _video_shapes(spec: DatasetSpec, partition: str) -> dict[Path, tuple[int, int, int]]:
+    """{file: (T, H, W)} of a partition in its order, at the spec's frame rate.
 
-    index_path = folder / ".video_index.json"
+    What the files say is kept in `<folder>/.video_index.json`; changed files are read again.
+    """
+    files = sorted_files(spec.list_files(spec.root, partition))
+    index_path = spec.root / ".video_index.json"
     with _file_lock(index_path):
         try:
-            index = json.loads(index_path.read_text())
+            old = json.loads(index_path.read_text())
         except (OSError, ValueError):
-            index = {}
-        names = {file: f"{file.parent.name}/{file.name}" for file in files}
-        stamps = {file: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-        new = [file for file in files if index.get(names[file], [None])[0] != stamps[file]]
-        for file in tqdm(new, desc=f"indexing {folder.name}", unit="video", disable=len(new) < 100):
-            index[names[file]] = [stamps[file], video_io.open_video(file).shape]
-        if new:
+            old = {}
+        skip_broken = spec.skip_broken and partition == "train"
+        new = _index_entries(files, spec, old, skip_broken=skip_broken)
+        if any(old.get(key) != entry for key, entry in new.items()):
             # A folder that cannot be written to only costs time.
             with contextlib.suppress(OSError), paths.atomic_write(index_path) as output:
-                output.write(json.dumps(index).encode())
-    return {file: tuple(index[names[file]][1]) for file in files}
+                output.write(json.dumps(old | new).encode())
+    shapes = {}
+    for file in files:
+        if _index_key(file, spec) in new:
+            _, (length, height, width), fps = new[_index_key(file, spec)]
+            step = spec.frame_rate.step(file, fps)
+            shapes[file] = (video_io.subsampled_length(length, step), height, width)
+    return shapes
+
+
+def _index_key(file: Path, spec: DatasetSpec) -> str:
+    return file.relative_to(spec.root).as_posix()
+
+
+def _index_entries(
+    files: list[Path], spec: DatasetSpec, old: dict[str, Any], *, skip_broken: bool
+) -> dict[str, Any]:
+    """{key: [[size, mtime], [T, H, W], frames per second]}, from `old` for unchanged files."""
+    from tqdm import tqdm
+
+    entries = {}
+    for file in tqdm(files, desc=f"indexing {spec.name}", unit="video", delay=1):
+        key, stat = _index_key(file, spec), file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        if key in old and old[key][0] == stamp:
+            entries[key] = old[key]
+            continue
+        try:
+            video = video_io.open_video(file)
+        except ValueError:
+            if not skip_broken:
+                raise
+        else:
+            entries[key] = [stamp, list(video.shape), video.fps]
+    return entries
 
 
 # ---------------------------------------------------------------- making and finding files
@@ -186,7 +305,8 @@ def prepare_dataset(name: str) -> None:
     if name != "bouncy_balls":
         raise FileNotFoundError(
             f"{spec.root}: the data set {name} is missing; {spec.how_to_make}, "
-            "or set DATA_ROOT to the folder that holds datasets/"
+            "or set DATA_ROOT to the folder that holds datasets/ "
+            "(--cache_dir is for copying files to a faster disk on use)"
         )
     spec.root.parent.mkdir(parents=True, exist_ok=True)
     with _file_lock(spec.root):
@@ -201,8 +321,10 @@ def _build_bouncy_balls(root: Path) -> None:
     try:
         bouncy_balls.make_dataset(temporary)
         temporary.chmod(root.parent.stat().st_mode & 0o777)
-        with contextlib.suppress(OSError):  # another process was quicker, where locks do not work
-            os.rename(temporary, root)
+        os.rename(temporary, root)
+    except OSError:
+        if not root.is_dir():  # else another process was quicker, where locks do not work
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -219,14 +341,30 @@ def _file_lock(path: Path) -> Iterator[None]:
         yield
 
 
+def _cached_copy(path: Path, cache_dir: Path) -> Path:
+    """The copy of `path` below `cache_dir`, made where it is missing or the file has changed."""
+    copy = cache_dir / path.resolve().relative_to("/")
+    stat = path.stat()
+    stamp = (stat.st_size, stat.st_mtime_ns)
+    if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != stamp:
+        with open(path, "rb") as source, paths.atomic_write(copy) as target:
+            shutil.copyfileobj(source, target)
+        os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return copy
+
+
 class VideoFiles:
     """The videos of one partition of a data set.
 
+    With `cache_dir` every file is copied below that folder on first use, and read there.
     Raises FileNotFoundError where there are none.
     """
 
-    def __init__(self, spec: DatasetSpec, partition: str) -> None:
+    def __init__(
+        self, spec: DatasetSpec, partition: str, cache_dir: str | os.PathLike[str] | None = None
+    ) -> None:
         self.spec = spec
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.paths = sorted_files(spec.list_files(spec.root, partition))
         if not self.paths:
             raise FileNotFoundError(f"{spec.root}: no videos in the partition {partition}")
@@ -235,18 +373,21 @@ class VideoFiles:
         return len(self.paths)
 
     def open(self, i: int) -> video_io.OpenVideo:
-        """Open video i.
+        """Open video i, at the data set's frame rate.
 
         Raises ValueError that names the file where it is broken or of another size than its set.
         """
-        video = video_io.open_video(self.paths[i])
+        path = self.paths[i]
+        if self.cache_dir is not None and path.is_file():
+            path = _cached_copy(path, self.cache_dir)
+        video = video_io.open_video(path)
         _, height, width = video.shape
         need = self.spec.file_size
         if need is not None and (height, width) != (need, need):
             raise ValueError(
                 f"{video.path}: is {height}x{width}, videos of {self.spec.name} are {need}x{need}"
             )
-        return video
+        return video_io.subsample(video, self.spec.frame_rate.step(path, video.fps))
 
     def read(
         self, video: video_io.OpenVideo, frame_indices: Sequence[int] | np.ndarray
@@ -256,17 +397,28 @@ class VideoFiles:
         return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
 
     def check_length(self, T: int) -> None:
-        """Raise ValueError naming a video that is shorter than T frames.
+        """See that the training videos have T frames; with `skip_broken` leave out what is not fit.
 
-        Looks at every video of a folder of one's own, else at the first: the others are checked
-        when they are read.
+        Looks at every video of a folder of one's own and with `skip_broken`, else at the first:
+        the others are checked when they are read.
+
+        Raises ValueError naming a video that is shorter or broken, or where none is left.
         """
-        if self.spec.file_size is None:
-            shapes = _video_shapes(self.spec.root, self.paths)
-            shortest = min(self.paths, key=lambda path: shapes[path][0])
-            require_length(shortest, shapes[shortest][0], T)
-        else:
-            require_length(self.paths[0], self.open(0).shape[0], T)
+        own = self.spec.file_size is None
+        shapes = _video_shapes(self.spec, "train") if own else {}
+        fit = []
+        for i, path in enumerate(self.paths if own or self.spec.skip_broken else self.paths[:1]):
+            try:
+                require_length(path, (shapes.get(path) or self.open(i).shape)[0], T)
+                fit.append(path)
+            except ValueError as error:
+                if not self.spec.skip_broken:
+                    raise
+                logger.warning("left out: %s", error)
+        if not fit:
+            raise ValueError(f"{self.spec.root}: no training video is fit for T={T}")
+        if self.spec.skip_broken:
+            self.paths = fit
 
 
 def require_length(path: Path, length: int, T: int) -> None:

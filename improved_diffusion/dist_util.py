@@ -1,4 +1,4 @@
-"""Launchers, ranks and collectives: the only module that knows MPI, torchrun, srun or torch.distributed.
+"""Launchers, ranks and collectives: alone in knowing MPI, torchrun, srun and torch.distributed.
 
 Everything works without `setup_dist` too, as one process with rank 0; torch is imported only by
 functions that compute something.
@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,9 @@ Value = TypeVar("Value")
 
 # Other ranks wait while rank 0 draws samples or writes checkpoints: above the longest such work.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
+
+# MPI_Abort can be quicker than mpiexec's forwarding of what the failing rank just printed.
+LAST_WORDS_S = 1.0
 
 # Set for every process by the launcher; OMPI_* and PMIX_* also hold settings a user exports.
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMI_ID", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -65,9 +69,10 @@ def setup_dist() -> None:
 
     if _world.started:
         return
-    _world.cores = len(os.sched_getaffinity(0))
+    _world.cores = len(_usable_cores())
     kind = launcher()
-    store = {"torchrun": _join_torchrun, "mpi": _join_mpi, "srun": _join_srun, "": lambda: None}[kind]()
+    join = {"torchrun": _join_torchrun, "mpi": _join_mpi, "srun": _join_srun}.get(kind)
+    store = join() if join else None
     _world.started = True
     if kind == "mpi" and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(_world.cores)  # under mpiexec torch sees one core per rank
@@ -76,7 +81,10 @@ def setup_dist() -> None:
     if _world.size > 1:
         torch.distributed.init_process_group(
             backend="nccl" if torch.cuda.is_available() else "gloo",
-            store=store, rank=_world.rank, world_size=_world.size, timeout=COLLECTIVE_TIMEOUT,
+            store=store,
+            rank=_world.rank,
+            world_size=_world.size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
 
 
@@ -97,14 +105,14 @@ def _join_mpi() -> Any:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    launched = max(int(os.environ.get(name, 1)) for name in MPI_SIZE_VARIABLES)
+    launched = next((int(os.environ[name]) for name in MPI_SIZE_VARIABLES if name in os.environ), 1)
     if comm.size == 1 and launched > 1:
         raise ValueError(
-            f"{launched} processes were started, but mpi4py's MPI library sees only itself: use the mpiexec "
-            "of that library, or point MPI4PY_LIBMPI at the library of this mpiexec, or use torchrun"
+            f"{launched} processes were started, but mpi4py's MPI library sees only itself: use the "
+            "mpiexec of that library, or point MPI4PY_LIBMPI at this mpiexec's library, or use torchrun"
         )
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    cores = node.allgather(os.sched_getaffinity(0))
+    cores = node.allgather(_usable_cores())
     share = len(set().union(*cores)) // node.size
     _world.mpi, _world.rank, _world.size = comm, comm.rank, comm.size
     _world.local_rank, _world.cores = node.rank, max(1, min(_world.cores, share))
@@ -144,6 +152,13 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
+def _usable_cores() -> set[int]:
+    """The cores this process may run on; where the system does not say (macOS), all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def rank() -> int:
     """This process's number, 0 when alone."""
     return _world.rank
@@ -166,7 +181,7 @@ def is_main() -> bool:
 
 def cores() -> int:
     """CPU cores for this rank: an equal share of the machine's among its ranks."""
-    return _world.cores if _world.started else len(os.sched_getaffinity(0))
+    return _world.cores if _world.started else len(_usable_cores())
 
 
 def dev() -> torch.device:
@@ -274,6 +289,7 @@ def abort(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if _world.mpi is not None:
+        time.sleep(LAST_WORDS_S)
         _world.mpi.Abort(code)
     if _world.started:
         os._exit(code)  # interpreter shutdown would wait for data workers and pending collectives

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def autocast(device: torch.device, *, precision: str, use_fp16: bool) -> contextlib.AbstractContextManager:
+def autocast(
+    device: torch.device, *, precision: str, use_fp16: bool
+) -> contextlib.AbstractContextManager:
     """The context in which the network computes: float16, bf16, or (`precision` "fp32") float32.
 
     Weights, gradients and everything outside the network stay float32. Raises ValueError for

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from improved_diffusion.metric_weights import FETCH_COMMAND, find_i3d, load_tensors
+from improved_diffusion.metric_weights import MEND, find_i3d, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,10 @@ def frechet_distance(
 
     Args: float arrays [n, d] and [m, d], n and m at least 2; `backend` "tensorflow" leaves the
     work to tensorflow-gan, "torch" does it here in float64. Covariances are unbiased. Raises
-    ValueError for other arrays. Source: Dowson and Landau 1982, Eq. 4; tr((S1 S2)^(1/2)) is the
+    ValueError for other arrays or back ends. Source: Dowson and Landau 1982, Eq. 4; tr((S1 S2)^(1/2)) is the
     nuclear norm of A B^T for centred features A, B over sqrt(n - 1), sqrt(m - 1).
     """
+    _check_backend(backend)
     features_1, features_2 = _checked(features_1, features_2)
     if backend == "tensorflow":
         return _tensorflow_gan_distance(features_1, features_2)
@@ -57,7 +58,7 @@ def frechet_distance(
 def _covariance_root(features: np.ndarray) -> np.ndarray:
     """R with R^T R the unbiased covariance and no more rows than needed."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r")
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
@@ -157,11 +158,13 @@ def weights_path(backend: str = "torch", weights: str | os.PathLike[str] | None 
     TFHUB_CACHE_DIR, else downloaded. Raises ValueError for an unknown back end and
     FileNotFoundError without weights.
     """
-    if backend == "torch":
-        return find_i3d(weights)
-    if backend == "tensorflow":
-        return _find_hub_module(weights)
-    raise ValueError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}")
+    _check_backend(backend)
+    return find_i3d(weights) if backend == "torch" else _find_hub_module(weights)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown: choose from {', '.join(BACKENDS)}")
 
 
 def bilinear_matrix(size_in: int, size_out: int, resize: str) -> np.ndarray:
@@ -197,7 +200,7 @@ def _prepare(videos: np.ndarray, resize: str, device: str) -> Tensor:
     result = torch.empty(count, channels, frames, IMAGE_SIZE, IMAGE_SIZE, device=device)
     for first in range(0, frames, RESIZE_FRAMES):
         piece = slice(first, first + RESIZE_FRAMES)
-        pixels = torch.tensor(videos[:, piece], device=device).float()
+        pixels = torch.from_numpy(videos[:, piece].copy()).to(device).float()
         resized = rows @ pixels @ columns.T
         result[:, :, piece] = (2 * resized / 255 - 1).transpose(1, 2)
     return result
@@ -228,9 +231,7 @@ def _load_torch(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tens
         network.load_state_dict(load_tensors(path))
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise ValueError(
-            f"{path} does not hold I3D ({reason}): delete it and run `{FETCH_COMMAND}`"
-        ) from None
+        raise ValueError(f"{path} does not hold I3D ({reason}): {MEND}") from None
     return network.to(device).eval()
 
 

@@ -92,10 +92,10 @@ def _chain(layers: nn.ModuleDict, x: Tensor) -> Tensor:
 
 
 def _max_pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Max pooling, SAME in space and unpadded in time, of x >= 0: zeros stand for "nothing"."""
+    """Max pooling with SAME padding of x >= 0, where zeros stand for "nothing"."""
     padding: list[int] = []
-    for dim in (4, 3):
-        padding += same_padding(x.shape[dim], kernel[dim - 2], stride[dim - 2])
+    for dim in (2, 1, 0):
+        padding += same_padding(x.shape[2 + dim], kernel[dim], stride[dim])
     return F.max_pool3d(F.pad(x, padding), kernel, stride)
 
 
@@ -123,23 +123,15 @@ class I3D(nn.Module):
         """Time unpadded; 56x56 -> 28x28."""
         return _max_pool(F.relu_(self.Conv3d_2c_3x3(x)), (1, 3, 3), (1, 2, 2))
 
-    def _pool_4(self, x: Tensor) -> Tensor:
-        """Time unpadded; 28x28 -> 14x14."""
-        return _max_pool(x, (3, 3, 3), (2, 2, 2))
-
-    def _pool_5(self, x: Tensor) -> Tensor:
-        """Time unpadded; 14x14 -> 7x7."""
-        return _max_pool(x, (2, 2, 2), (2, 2, 2))
-
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, T, 224, 224] float in [-1, 1], T >= 9 -> [B, 400] logits, averaged over time."""
         x = in_time_slices(self._stage_1, x, 7, 2, self.slice_frames)
         x = in_time_slices(self._stage_2, x, 3, 1, self.slice_frames)
-        x = self.Mixed_3c(self.Mixed_3b(x))
-        x = in_time_slices(self._pool_4, x, 3, 2, self.slice_frames)
-        for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f"):
+        for name in MIXED:
+            if name == "Mixed_4b":
+                x = _max_pool(x, (3, 3, 3), (2, 2, 2))
+            elif name == "Mixed_5b":
+                x = _max_pool(x, (2, 2, 2), (2, 2, 2))
             x = self.get_submodule(name)(x)
-        x = in_time_slices(self._pool_5, x, 2, 2, self.slice_frames)
-        x = self.Mixed_5c(self.Mixed_5b(x))
         x = self.Logits["Conv3d_0c_1x1"](F.avg_pool3d(x, (2, 7, 7), stride=1))
         return x.mean(dim=(2, 3, 4))

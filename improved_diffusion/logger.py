@@ -5,6 +5,7 @@ Every rank makes a RunLogger and calls `dump` together with the others; rank 0 a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -16,6 +17,7 @@ from improved_diffusion import dist_util, paths
 
 logger = logging.getLogger(__name__)
 
+WANDB_ANSWER_LIMIT_S = 10
 WANDB_START_LIMIT_S = 60
 
 Row = Mapping[str, float]
@@ -31,7 +33,9 @@ class RunLogger:
         start_step: rows after this step are a lost past and are dropped from progress.csv.
     """
 
-    def __init__(self, folder: str, run_id: str, config: Mapping[str, Any], start_step: int) -> None:
+    def __init__(
+        self, folder: str, run_id: str, config: Mapping[str, Any], start_step: int
+    ) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         self._progress: ProgressFile | None = None
@@ -51,14 +55,16 @@ class RunLogger:
         row = dist_util.mean_over_ranks(means, self._counts)
         self._sums, self._counts = {}, {}
         if self._progress is not None and self._wandb is not None:
-            numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if "_q" not in key)
+            numbers = ", ".join(
+                f"{key} {value:.4g}" for key, value in row.items() if "_q" not in key
+            )
             logger.info("step %d: %s", step, numbers)
             self._progress.append({"step": step, **row})
             self._wandb.log(row, step)
         return row
 
     def videos(self, files: Sequence[str], step: int) -> None:
-        """Show local video files at wandb."""
+        """Show local gif files at wandb."""
         if self._wandb is not None:
             self._wandb.log_videos(files, step)
 
@@ -139,19 +145,19 @@ class WandbRun:
     def _start(self, wandb_id: str, config: dict[str, Any]) -> None:
         import wandb
 
-        options = {"id": wandb_id, "resume": "allow", "config": config}
         mode = os.environ.get("WANDB_MODE")
         if not mode and not wandb.api.api_key:
             logger.info("wandb: no login (`wandb login`) and no WANDB_MODE: logging offline")
             mode = "offline"
-        limit = wandb.Settings(init_timeout=WANDB_START_LIMIT_S, login_timeout=WANDB_START_LIMIT_S)
-        try:
-            self._run = wandb.init(**options, mode=mode, settings=limit)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            logger.warning("wandb: cannot start (%s): logging offline", _first_line(error))
-            self._run = wandb.init(**options, mode="offline")
+        if mode not in ("offline", "dryrun"):
+            try:
+                _require_answer(wandb.setup().settings.base_url)
+                limit = wandb.Settings(init_timeout=WANDB_START_LIMIT_S)
+                self._run = wandb.init(id=wandb_id, config=config, resume="allow", settings=limit)
+                return
+            except Exception as error:
+                logger.warning("wandb: cannot start (%s): logging offline", _first_line(error))
+        self._run = wandb.init(id=wandb_id, config=config, mode="offline")
 
     def _try(self, what: str, action: Callable[[], Any]) -> None:
         """Do it, or say what failed and stay silent from then on."""
@@ -167,17 +173,28 @@ class WandbRun:
             self._try("log", lambda: self._run.log(dict(row), step=step))
 
     def log_videos(self, files: Sequence[str], step: int) -> None:
-        """Send video files."""
+        """Send gif files."""
         if self._run is not None:
-            import wandb
+            self._try("log videos", lambda: self._log_videos(files, step))
 
-            videos = [wandb.Video(file, format=os.path.splitext(file)[1][1:]) for file in files]
-            self._try("log videos", lambda: self._run.log({"samples": videos}, step=step))
+    def _log_videos(self, files: Sequence[str], step: int) -> None:
+        import wandb
+
+        self._run.log({"samples": [wandb.Video(file, format="gif") for file in files]}, step=step)
 
     def finish(self) -> None:
         """Send what is left."""
         if self._run is not None:
             self._try("finish", self._run.finish)
+
+
+def _require_answer(url: str) -> None:
+    """Raise OSError where no web server answers: without a network wandb.init waits for minutes."""
+    import urllib.error
+    import urllib.request
+
+    with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
+        urllib.request.urlopen(url, timeout=WANDB_ANSWER_LIMIT_S).close()
 
 
 def _first_line(error: Exception) -> str:

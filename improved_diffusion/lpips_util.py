@@ -8,54 +8,47 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from improved_diffusion.metric_weights import (
-    ALEXNET_CONVOLUTIONS,
-    find_alexnet,
-    load_tensors,
-)
+from improved_diffusion.metric_weights import MEND, find_alexnet, load_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # Below this the last pooling of AlexNet has nothing left to pool.
 MIN_IMAGE_SIZE = 31
 
 
-def load_lpips(weights: str | os.PathLike[str] | None = None, device: str = "cpu") -> nn.Module:
-    """The LPIPS network, loaded once per process, file and device.
+def load_lpips(weights: str | os.PathLike[str] | None = None, device: str = "cpu") -> Any:
+    """The LPIPS network (a `lpips.LPIPS`), loaded once per process, file and device.
 
     Raises FileNotFoundError without a weights file, ValueError for a foreign one.
     """
     path = find_alexnet(weights)
-    return _load(str(path), device, path.stat().st_mtime_ns)
+    return _load(path, device, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str, device: str, _stamp: int) -> nn.Module:
+def _load(path: Path, device: str, _stamp: int) -> Any:
     """`_stamp` makes a file that was replaced load anew."""
     import lpips
     import torch
 
     tensors = load_tensors(path)
-    # lpips initialises a backbone before it is given ours: nobody else's random numbers change.
+    # lpips draws a random backbone before it is given ours: other random numbers must not change.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torchvision's old names, as lpips 0.1.4 calls them
         network = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-    slices = {
-        name.split(".", 1)[1]: value for name, value in network.net.named_parameters()
-    }
     with torch.no_grad():
-        for position in ALEXNET_CONVOLUTIONS:
-            for kind in ("weight", "bias"):
-                name = f"{position}.{kind}"
-                value = tensors.get(f"features.{name}")
-                if value is None or value.shape != slices[name].shape:
-                    raise ValueError(f"{path} does not hold AlexNet: features.{name} does not fit")
-                slices[name].copy_(value)
+        for name, parameter in network.net.named_parameters():
+            name = "features." + name.split(".", 1)[1]  # slice3.6.weight -> features.6.weight
+            value = tensors.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise ValueError(f"{path} does not hold AlexNet: {name} does not fit: {MEND}")
+            parameter.copy_(value)
     return network.to(device).requires_grad_(False)
 
 
@@ -87,23 +80,17 @@ def lpips_embedding(
     unit-normalised features of each layer l times sqrt(w_l / (H_l W_l)), one after the other;
     the weights w of LPIPS are not negative. Raises as `lpips_distance`.
     """
+    import lpips
     import torch
 
     network = load_lpips(weights, device)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         layers = network.net(network.scaling_layer(_frames(frames, device)))
-        parts = [
-            _unit(features) * (lin.model[-1].weight / features[0, 0].numel()).sqrt()
-            for features, lin in zip(layers, network.lins, strict=True)
-        ]
-        return torch.cat([part.flatten(1) for part in parts], dim=1).cpu().numpy()
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Features of length 1 at each position, as lpips makes them."""
-    import lpips
-
-    return lpips.normalize_tensor(features)
+        parts = []
+        for features, lin in zip(layers, network.lins, strict=True):
+            scale = (lin.model[-1].weight / features[0, 0].numel()).sqrt()
+            parts.append((lpips.normalize_tensor(features) * scale).flatten(1))
+        return torch.cat(parts, dim=1).cpu().numpy()
 
 
 def _frames(frames: Any, device: str) -> Tensor:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FETCH_COMMAND = "python scripts/fetch_metric_weights.py"
-_MEND = f"delete it and run `{FETCH_COMMAND}`"
+MEND = f"replace it, for instance by what `{FETCH_COMMAND}` stores"
 
 I3D_FILE = "i3d_kinetics_400.pt"
 I3D_TORCHSCRIPT_FILE = "i3d_torchscript.pt"
@@ -106,9 +106,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a weights file ({reason}): {_MEND}") from None
+        raise ValueError(f"{path} is not a weights file ({reason}): {MEND}") from None
     if not isinstance(state_dict, dict):
-        raise ValueError(f"{path} does not hold named tensors: {_MEND}")
+        raise ValueError(f"{path} does not hold named tensors: {MEND}")
     return state_dict
 
 

@@ -44,7 +44,9 @@ class LossSecondMomentSampler(ScheduleSampler):
     Source: Improved DDPM (arXiv 2102.09672), section 3.3.
     """
 
-    def __init__(self, num_timesteps: int, *, history: int = 10, uniform_share: float = 0.001) -> None:
+    def __init__(
+        self, num_timesteps: int, *, history: int = 10, uniform_share: float = 0.001
+    ) -> None:
         super().__init__(num_timesteps)
         self.uniform_share = uniform_share
         self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)  # newest last
@@ -58,7 +60,10 @@ class LossSecondMomentSampler(ScheduleSampler):
         return torch.lerp(p / p.sum(), uniform, self.uniform_share)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        all_t, all_losses = dist_util.all_gather(t).cpu(), dist_util.all_gather(losses.detach()).cpu()
+        all_t, all_losses = (
+            dist_util.all_gather(t).cpu(),
+            dist_util.all_gather(losses.detach()).cpu(),
+        )
         for step, loss in zip(all_t.tolist(), all_losses.tolist(), strict=True):
             self.losses[step] = torch.cat([self.losses[step, 1:], self.losses.new_tensor([loss])])
             self.counts[step] += 1
@@ -69,7 +74,9 @@ class LossSecondMomentSampler(ScheduleSampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another sampler or number of timesteps."""
         if state.get("counts") is None or state["counts"].shape != self.counts.shape:
-            raise ValueError("the checkpoint was made with another --schedule_sampler: resume with that one")
+            raise ValueError(
+                "the checkpoint was made with another --schedule_sampler: resume with that one"
+            )
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
 
 

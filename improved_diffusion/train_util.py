@@ -9,28 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import resource
-import secrets
-import shlex
 import signal
-import string
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from improved_diffusion import checkpoints, dist_util, fp16_util, paths, video_io
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion import checkpoints, dist_util, fp16_util, video_io
+from improved_diffusion.config import TrainConfig
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.resample import create_schedule_sampler
 from improved_diffusion.rng_util import make_generator
+from improved_diffusion.runs import Run, resume_command
 from improved_diffusion.video_datasets import ShardedSampler, TrainDataset
 
 logger = logging.getLogger(__name__)
@@ -42,69 +38,6 @@ NUM_SAMPLES = 4
 MAX_BAD_STEPS = 5  # updates in a row that may be skipped for numbers that are not finite
 
 Batch = dict[str, Tensor]
-
-
-# ---------------------------------------------------------------- the run's identity and past
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run writes, and what it starts from: a saved state, given weights, or neither."""
-
-    run_id: str
-    folder: str
-    state: checkpoints.RunState | None = None
-    weights: dict[str, Tensor] | None = None
-
-
-def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
-    """The run that --resume_id or --resume_checkpoint names, or a fresh one. All ranks must call.
-
-    stored_config: the flat options that this run's checkpoints will hold. Makes the folder.
-    Raises ValueError where a saved network or diffusion process differs from this run's options,
-    FileNotFoundError for a missing --resume_checkpoint, OSError where the folder cannot be made.
-    """
-    return dist_util.broadcast_object(_open_run(config, stored_config) if dist_util.is_main() else None)
-
-
-def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
-    run_id = config.resume_id or _fresh_run_id()
-    folder = paths.run_dir(run_id)
-    if not paths.is_remote(folder):
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"cannot make the run's folder {folder}: {error.strerror}: "
-                "set DIFFUSION_BLOB_LOGDIR to a folder that can be written to"
-            ) from None
-    if config.resume_checkpoint:
-        return Run(run_id, folder, weights=checkpoints.load_weights(config.resume_checkpoint).state_dict)
-    if not config.resume_id:
-        return Run(run_id, folder)
-    if checkpoints.find_resume_step(folder) is None:
-        logger.info("%s holds no complete checkpoint: starting at step 0", folder)
-        return Run(run_id, folder)
-    state = checkpoints.load_run(folder)
-    _check_options(state.config, stored_config, folder)
-    return Run(run_id, folder, state)
-
-
-def _fresh_run_id() -> str:
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
-def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
-    """Refuse another network or process than the saved one; tell of every other change."""
-    fixed = {item.name for group in (ModelConfig, DiffusionConfig) for item in fields(group)}
-    passing = {"resume_id", "resume_checkpoint"}
-    changed = [key for key in new if key in old and old[key] != new[key] and key not in passing]
-    for key in changed:
-        if key in fixed:
-            raise ValueError(
-                f"--{key} {new[key]} differs from the checkpoint in {folder}: give --{key} {old[key]}"
-            )
-        logger.info("--%s was %s before, is %s now", key, old[key], new[key])
 
 
 # ---------------------------------------------------------------- the loop
@@ -144,7 +77,7 @@ class TrainLoop:
         self.model = model.to(self.device)
         weights = run.state.model_state if run.state else run.weights
         if weights is not None:
-            _load_weights(self.model, weights)
+            _load_weights(self.model, weights, config.resume_checkpoint or run.folder)
         self.ddp = dist_util.wrap_ddp(self.model)
         self.params = dict(self.model.named_parameters())
         self.emas = {rate: _copies(self.params) for rate in config.ema_rates}
@@ -184,14 +117,14 @@ class TrainLoop:
                     bar.update()
                     self._after_update()
             batches.close()
-        if self.step > self._logged[0]:
-            self._dump_log()
-        if self.step != self.saved_step:
-            self.save()
+            if self.step > self._logged[0]:
+                self._dump_log()
+            if self.step > self.saved_step:
+                self.save()
         self.log.close()
         if dist_util.is_main():
             logger.info("to resume: %s", resume_command(self.run.run_id))
-        return self._stop
+        return self._stop and not self.finished
 
     @property
     def last_step(self) -> int | None:
@@ -214,10 +147,16 @@ class TrainLoop:
                 "position": self.position,
                 "loss_scale_log2": self.loss_scale.log2 if self.loss_scale else None,
             }
+            emas = {rate: {**state, **ema} for rate, ema in self.emas.items()}
             checkpoints.save_run(
-                self.run.folder, self.step, state, {rate: {**state, **ema} for rate, ema in self.emas.items()},
-                opt_state, self.stored_config,
-                latest_only=self.config.save_latest_only, keep=self.config.keep_checkpoints,
+                self.run.folder,
+                self.step,
+                state,
+                emas,
+                opt_state,
+                self.stored_config,
+                latest_only=self.config.save_latest_only,
+                keep=self.config.keep_checkpoints,
             )
         self.saved_step = self.step
 
@@ -226,7 +165,9 @@ class TrainLoop:
         self.step, self.position = state.step, int(state.opt_state["position"])
         for rate, ema in self.emas.items():
             if rate not in state.ema_states:
-                logger.warning("--ema_rate %s is new: its average starts from the current weights", rate)
+                logger.warning(
+                    "--ema_rate %s is new: its average starts from the current weights", rate
+                )
                 continue
             for name, value in ema.items():
                 value.copy_(state.ema_states[rate][name])
@@ -235,7 +176,9 @@ class TrainLoop:
             group["weight_decay"] = self.config.weight_decay
         for param, slots in self.optimizer.state.items():
             for name, value in slots.items():
-                if value.shape == param.shape:  # files hold no memory layout; the fast path needs the same
+                if (
+                    value.shape == param.shape
+                ):  # files hold no memory layout; the fast path needs the same
                     slots[name] = torch.empty_like(param).copy_(value)
         self.sampler.load_state_dict(state.opt_state["schedule_sampler"])
         if self.loss_scale is not None and state.opt_state["loss_scale_log2"] is not None:
@@ -253,7 +196,9 @@ class TrainLoop:
         self.position += self.config.batch_size * dist_util.world_size()
         t, weights = self.sampler.sample(self.config.batch_size, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._forward_backward(self._to_device(items), t.to(self.device), weights.to(self.device))
+        terms = self._forward_backward(
+            self._to_device(items), t.to(self.device), weights.to(self.device)
+        )
         grad_norm = self._grad_norm()
         losses = {key: value.tolist() for key, value in terms.items()}
         bad = not math.isfinite(grad_norm) or not all(map(math.isfinite, losses["loss"]))
@@ -288,7 +233,9 @@ class TrainLoop:
         for start in range(0, batch_size, size):
             part = slice(start, start + size)
             with self._synchronised(start + size >= batch_size):
-                terms = self._losses({key: v[part] for key, v in batch.items()}, t[part], noise[part])
+                terms = self._losses(
+                    {key: v[part] for key, v in batch.items()}, t[part], noise[part]
+                )
                 loss = (terms["loss"] * weights[part]).sum() / batch_size
                 (loss * scale).backward()
             parts.append(terms)
@@ -296,12 +243,18 @@ class TrainLoop:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Ranks exchange gradients once, with the last microbatch."""
-        return contextlib.nullcontext() if last or self.ddp is self.model else self.ddp.no_sync()
+        if last or not isinstance(self.ddp, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
 
     def _losses(self, batch: Batch, t: Tensor, noise: Tensor) -> Batch:
         padding_counts = self.config.pad_with_random_frames
         return self.diffusion.training_losses(
-            self._network, batch["x0"], t, model_kwargs=batch, noise=noise,
+            self._network,
+            batch["x0"],
+            t,
+            model_kwargs=batch,
+            noise=noise,
             latent_mask=1 - batch["obs_mask"] if padding_counts else batch["latent_mask"],
             eval_mask=batch["latent_mask"],
         )
@@ -337,7 +290,8 @@ class TrainLoop:
         if self.loss_scale is not None and self.loss_scale.log2 > 0:
             return  # float16 overflowed: the halved scale is the remedy
         self._bad_steps += 1
-        shown = ", ".join(f"{loss:.4g} at timestep {step}" for step, loss in zip(t.tolist(), losses, strict=True))
+        pairs = zip(losses, t.tolist(), strict=True)
+        shown = ", ".join(f"{loss:.4g} at timestep {step}" for loss, step in pairs)
         message = f"step {self.step}, rank {dist_util.rank()}: loss {shown}; gradient norm {grad_norm:.4g}"
         logger.warning("%s: update skipped", message)
         if self._bad_steps >= MAX_BAD_STEPS:
@@ -348,23 +302,32 @@ class TrainLoop:
 
     # ------------------------------------------------------------ around the steps
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """Batches from this run's position on, for ever; the time they take is logged."""
         config = self.config
         keys = ShardedSampler(
-            len(self.data), rank=dist_util.rank(), world_size=dist_util.world_size(),
-            seed=config.seed, start=self.position,
+            len(self.data),
+            rank=dist_util.rank(),
+            world_size=dist_util.world_size(),
+            seed=config.seed,
+            start=self.position,
         )
         loader = DataLoader(
-            self.data, config.batch_size, sampler=keys, pin_memory=self.device.type == "cuda",
+            _ItemsOrErrors(self.data),
+            config.batch_size,
+            sampler=keys,
+            collate_fn=_collate,
             num_workers=config.num_workers if config.num_workers >= 0 else dist_util.cores() - 1,
             worker_init_fn=_leave_signals_to_parent,
+            pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
         while True:
             began = time.perf_counter()
             batch = next(batches)
             self.log.add("seconds_waiting_for_data", time.perf_counter() - began)
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
 
     def _after_update(self) -> None:
@@ -374,7 +337,11 @@ class TrainLoop:
         if self.step % config.save_interval == 0:
             self.save()
         interval = config.sample_interval
-        if interval and (self.step == FIRST_SAMPLE_STEP or self.step % interval == 0) and dist_util.is_main():
+        if (
+            interval
+            and (self.step == FIRST_SAMPLE_STEP or self.step % interval == 0)
+            and dist_util.is_main()
+        ):
             self._draw_samples()
 
     def _log_step(
@@ -425,7 +392,10 @@ class TrainLoop:
         order = batch["frame_indices"][0, real].argsort()
         batch = {key: value[:, real][:, order] for key, value in batch.items()}
         sample = self.sample_diffusion.ddim_sample_loop(
-            network, batch["x0"].shape, model_kwargs=batch, latent_mask=batch["latent_mask"],
+            network,
+            batch["x0"].shape,
+            model_kwargs=batch,
+            latent_mask=batch["latent_mask"],
             generator=make_generator(self.config.seed, index),
         )
         observed = batch["obs_mask"].flatten().cpu().numpy() > 0
@@ -454,17 +424,40 @@ class TrainLoop:
             return
         ranks, batch_size = dist_util.world_size(), self.config.batch_size
         logger.info("ranks: %d, device: %s", ranks, self.device)
-        logger.info("run id: %s, folder: %s, at step %d", self.run.run_id, self.run.folder, self.step)
+        logger.info(
+            "run id: %s, folder: %s, at step %d", self.run.run_id, self.run.folder, self.step
+        )
         logger.info("batch size: %d per rank, %d over all ranks", batch_size, batch_size * ranks)
         logger.info("parameters: %d", sum(param.numel() for param in self.params.values()))
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+class _ItemsOrErrors(Dataset[Any]):
+    """Training items, or what reading one raised: a worker would wrap that in its own traceback."""
+
+    def __init__(self, data: TrainDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        try:
+            return self.data[key]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    """A batch of the items, or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else default_collate(items)
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
-        raise ValueError(f"the checkpoint's weights do not fit the network of these options: {first}") from None
+        raise ValueError(
+            f"{source}: weights of another network than these options': {first}"
+        ) from None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -475,24 +468,11 @@ def _peak_memory_gb(device: torch.device) -> float:
     """The most memory this rank has held so far, in 10^9 bytes: the GPU's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _leave_signals_to_parent(worker: int) -> None:
     """A signal to the whole process group must not take the data away before the run has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def resume_command(run_id: str) -> str:
-    """This process's command line with --resume_id set to `run_id`."""
-    kept, arguments = [], iter(sys.argv[1:])
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if name in ("--resume_id", "--resume_checkpoint"):
-            if not equals:
-                next(arguments, None)
-        else:
-            kept.append(argument)
-    command = shlex.join(["python", sys.argv[0], *kept, "--resume_id", run_id])
-    return f"mpiexec -n {dist_util.world_size()} {command}" if dist_util.launcher() == "mpi" else command

@@ -5,6 +5,7 @@ Frames are uint8 here; the training loop turns them into [-1, 1] on the device.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -105,33 +106,44 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         return self._read_window(other, indices, rng), indices
 
 
+def _resolve(name: str | DatasetSpec, image_size: int | None) -> DatasetSpec:
+    """The spec of a data set whose files are there."""
+    if isinstance(name, DatasetSpec):
+        spec = dataclasses.replace(name, image_size=image_size or name.image_size)
+    else:
+        spec = dataset_spec(name, image_size=image_size)
+    if not spec.folder.is_absolute():
+        prepare_dataset(spec.name)
+    return spec
+
+
 def get_train_dataset(
-    name: str,
+    name: str | DatasetSpec,
     *,
     T: int,
     max_frames: int,
     seed: int = 0,
     image_size: int | None = None,
     pad_with_random_frames: bool = True,
+    cache_dir: str | None = None,
 ) -> TrainDataset:
     """The training items of a data set.
 
     Args:
-        name: a name in DATASETS or a folder of videos.
+        name: a name in DATASETS, a folder of videos, or what `dataset_spec` made of it.
         T: frames of the random window that is trained on.
         max_frames: K, frames of an item.
         seed: seed of everything random.
         image_size: None: that of the data set.
         pad_with_random_frames: fill items up with frames of another video instead of zeros.
+        cache_dir: copy files below this folder on first use, and read them there.
 
     Raises ValueError for T below 1 or above the length of a video, and as `dataset_spec`;
     FileNotFoundError as `prepare_dataset`.
     """
     if T < 1 or max_frames < 1:
         raise ValueError(f"--T {T}, --max_frames {max_frames}: both must be at least 1")
-    spec = dataset_spec(name, image_size=image_size)
-    prepare_dataset(name)
-    files = VideoFiles(spec, "train")
+    files = VideoFiles(_resolve(name, image_size), "train", cache_dir)
     files.check_length(T)
     return TrainDataset(
         files, T=T, max_frames=max_frames, seed=seed, pad_with_random_frames=pad_with_random_frames
@@ -205,18 +217,23 @@ class VideoTestSet:
 
 
 def get_test_dataset(
-    name: str, *, T: int | None = None, image_size: int | None = None, partition: str = "test"
+    name: str | DatasetSpec,
+    *,
+    T: int | None = None,
+    image_size: int | None = None,
+    partition: str = "test",
+    cache_dir: str | None = None,
 ) -> VideoTestSet:
     """The videos of one partition of a data set, from their first frame on.
 
     Args:
-        name: a name in DATASETS or a folder of videos.
+        name: a name in DATASETS, a folder of videos, or what `dataset_spec` made of it.
         T: frames of a video (None: the data set's); may be more than the files have.
         image_size: None: that of the data set.
         partition: "test" or "train".
+        cache_dir: copy files below this folder on first use, and read them there.
 
     Raises ValueError as `dataset_spec`, FileNotFoundError as `prepare_dataset`.
     """
-    spec = dataset_spec(name, image_size=image_size)
-    prepare_dataset(name)
-    return VideoTestSet(VideoFiles(spec, partition), spec.T if T is None else T)
+    spec = _resolve(name, image_size)
+    return VideoTestSet(VideoFiles(spec, partition, cache_dir), spec.T if T is None else T)

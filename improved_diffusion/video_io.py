@@ -9,6 +9,7 @@ import bisect
 import functools
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ class OpenVideo:
     path: Path
     shape: tuple[int, int, int]  # (T, H, W)
     read_frames: Callable[[Sequence[int]], np.ndarray]  # legal indices -> uint8 [n, H, W, 3]
+    fps: float | None = None  # frames per second, where the file says
 
     def read(self, frame_indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3]: n frames, in any order.
@@ -84,13 +86,31 @@ def read_video(
     return video.read(range(video.shape[0]) if frame_indices is None else frame_indices)
 
 
+def subsampled_length(length: int, step: float) -> int:
+    """How many of `length` frames are left when one in `step` is taken."""
+    return int((length - 1) / step + 1e-9) + 1
+
+
+def subsample(video: OpenVideo, step: float) -> OpenVideo:
+    """The video of the frames 0, step, 2 step, ..., rounded down; step >= 1, also fractional."""
+    if step == 1:
+        return video
+    return OpenVideo(
+        video.path,
+        (subsampled_length(video.shape[0], step), *video.shape[1:]),
+        lambda indices: video.read_frames([int(i * step + 1e-9) for i in indices]),
+        video.fps and video.fps / step,
+    )
+
+
 def frame_count(path: str | os.PathLike[str]) -> int:
     """Number of frames of a video file. Raises as `open_video`."""
     return open_video(path).shape[0]
 
 
 def _broken(path: Path, error: object) -> ValueError:
-    reason = " ".join(str(error).split()).rstrip(".")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[0].rstrip(".")
     return ValueError(f"{path}: broken {path.suffix} file ({reason}): make it again or remove it")
 
 
@@ -138,7 +158,7 @@ def _open_pt(path: Path) -> OpenVideo:
     try:
         video = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise _broken(path, str(error).splitlines()[0]) from None
+        raise _broken(path, error) from None
     if not isinstance(video, torch.Tensor):
         kind = type(video).__name__
         raise ValueError(f"{path}: holds a {kind}, need a uint8 tensor [T, H, W, 3]")
@@ -152,7 +172,9 @@ def _open_gif(path: Path) -> OpenVideo:
             raise _broken(path, "truncated: the end marker is missing")
     with _gif_image(path) as image:
         shape = (image.n_frames, image.height, image.width)
-    return OpenVideo(path, shape, functools.partial(_read_gif, path))
+        duration = image.info.get("duration")  # of the first frame, in milliseconds
+    fps = 1000 / duration if duration else None
+    return OpenVideo(path, shape, functools.partial(_read_gif, path), fps)
 
 
 @contextmanager
@@ -185,6 +207,7 @@ class _StreamIndex(NamedTuple):
     """Where the frames of a compressed file are."""
 
     shape: tuple[int, int, int]
+    fps: float | None
     numbers: dict[int, int]  # timestamp -> frame; empty where frames must be counted instead
     key_frames: list[int]  # the frames where decoding can start, ascending
     key_times: list[int]  # the decoding timestamps of those frames
@@ -210,7 +233,7 @@ def _av_stream(path: Path) -> Iterator[tuple[Any, Any]]:
 def _open_av(path: Path) -> OpenVideo:
     stat = path.stat()
     index = _stream_index(path, stat.st_size, stat.st_mtime_ns)
-    return OpenVideo(path, index.shape, functools.partial(_read_av, path, index))
+    return OpenVideo(path, index.shape, functools.partial(_read_av, path, index), index.fps)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -223,24 +246,25 @@ def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
         packets = [p for p in container.demux(stream) if p.size > 0]
         _refuse_truncated(path, stream, packets)
         shape = (len(packets), stream.height, stream.width)
+        fps = float(stream.average_rate) if stream.average_rate else None
         counted = container.format.name == "avi"  # holds decoding timestamps alone
     times = sorted(p.pts for p in packets if p.pts is not None)
     numbers = {time: number for number, time in enumerate(times)}
     if counted or len(numbers) < len(packets):
-        return _StreamIndex(shape, {}, [], [])
+        return _StreamIndex(shape, fps, {}, [], [])
     keys = sorted((numbers[p.pts], p.dts) for p in packets if p.is_keyframe and p.dts is not None)
-    return _StreamIndex(shape, numbers, [number for number, _ in keys], [dts for _, dts in keys])
+    key_frames, key_times = [number for number, _ in keys], [dts for _, dts in keys]
+    return _StreamIndex(shape, fps, numbers, key_frames, key_times)
 
 
 def _refuse_truncated(path: Path, stream: Any, packets: list[Any]) -> None:
     """Compare with the number of frames that the header declares, or (.webm) with the duration."""
     if len(packets) < stream.frames:
         raise _broken(path, f"truncated: {len(packets)} of {stream.frames} frames are there")
-    duration = stream.metadata.get("DURATION")  # hours:minutes:seconds
+    duration = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if duration is None or not packets or not stream.average_rate:
         return
-    hours, minutes, seconds = (float(part) for part in duration.split(":"))
-    declared = 3600 * hours + 60 * minutes + seconds
+    declared = 3600 * int(duration[1]) + 60 * int(duration[2]) + float(duration[3])
     end = max(p.pts or 0 for p in packets) * stream.time_base + 1 / stream.average_rate
     if end < declared - 2 / stream.average_rate:
         raise _broken(path, f"truncated: {float(end):.1f} of {declared:.1f} seconds are there")

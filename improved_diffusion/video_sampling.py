@@ -262,9 +262,9 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     eval_dir = EvalDir(settings.eval_dir)
     jobs = missing_jobs(settings, eval_dir, len(test_set))
     _check_lengths(strategy, test_set, sorted({job.video for job in jobs}), settings.T)
+    sampler = VideoSampler(model, settings, device)
     eval_dir.write_configs(model_config, settings.stored())
     logger.info("%d videos to sample into %s", len(jobs), eval_dir.path)
-    sampler = VideoSampler(model, settings, device)
     mine = jobs[dist_util.rank() :: dist_util.world_size()]
     _sample_jobs(sampler, test_set, eval_dir, mine)
     return eval_dir

@@ -37,8 +37,8 @@ def main() -> None:
     diffusion_config = config_from_args(DiffusionConfig, args)
 
     import torch
-
     from improved_diffusion import dist_util, train_util
+    from improved_diffusion.runs import open_run
     from improved_diffusion.script_util import create_diffusion, create_model
     from improved_diffusion.video_datasets import dataset_spec, get_train_dataset
 
@@ -47,16 +47,24 @@ def main() -> None:
     train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
     model_config = dataclasses.replace(model_config, image_size=spec.image_size)
     data = get_train_dataset(
-        train.dataset, T=train.T, max_frames=train.max_frames, seed=train.seed,
-        image_size=model_config.image_size, pad_with_random_frames=train.pad_with_random_frames,
+        train.dataset,
+        T=train.T,
+        max_frames=train.max_frames,
+        seed=train.seed,
+        image_size=model_config.image_size,
+        pad_with_random_frames=train.pad_with_random_frames,
     )
-    stored = {key: v for config in (train, model_config, diffusion_config) for key, v in vars(config).items()}
+    stored = {**vars(train), **vars(model_config), **vars(diffusion_config)}
     diffusion = create_diffusion(diffusion_config)
     sample_steps = str(min(train.sample_steps, diffusion.num_timesteps))
     torch.manual_seed(train.seed)
     loop = train_util.TrainLoop(
-        create_model(model_config), diffusion, data, train,
-        run=train_util.open_run(train, stored), stored_config=stored,
+        create_model(model_config),
+        diffusion,
+        data,
+        train,
+        run=open_run(train, stored),
+        stored_config=stored,
         sample_diffusion=create_diffusion(
             dataclasses.replace(diffusion_config, timestep_respacing=sample_steps)
         ),

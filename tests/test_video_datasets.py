@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
 from improved_diffusion import bouncy_balls, video_io
 from improved_diffusion.dataset_files import VideoFiles, sorted_files
 from improved_diffusion.video_datasets import (
@@ -16,7 +18,6 @@ from improved_diffusion.video_datasets import (
     get_train_dataset,
     prepare_dataset,
 )
-from torch.utils.data import DataLoader
 
 
 def numbered_video(video, length, size=32):
@@ -66,6 +67,7 @@ def test_the_published_sets_are_known_without_their_files(in_tmp):
     assert known == {
         "mazes_cwvae": ("datasets/gqn_mazes-torch", 300, 64),
         "minerl": ("datasets/minerl_navigate-torch", 500, 64),
+        "memory_mazes": ("datasets/memory_mazes", 300, 64),
         "carla_no_traffic": ("datasets/carla/no-traffic", 1000, 128),
         "bouncy_balls": ("datasets/bouncing_balls_100", 100, 32),
     }
@@ -365,6 +367,15 @@ def test_where_locks_do_not_work_the_first_to_finish_wins(in_tmp, small_balls, m
     assert [p.name for p in root.parent.iterdir() if p.name.endswith(".tmp")] == []
 
 
+def test_a_build_that_cannot_be_put_in_place_says_so(in_tmp, small_balls, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("no renaming here")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError, match="no renaming here"):
+        prepare_dataset("bouncy_balls")
+
+
 def test_an_interrupted_build_leaves_nothing(in_tmp, monkeypatch):
     def interrupt(folder):
         (folder / "train").mkdir()
@@ -428,6 +439,7 @@ def test_formats_and_sizes_may_be_mixed_with_an_image_size(folder):
         video_io.write_video(folder / "train" / name, wide)
     torch.save(torch.from_numpy(wide), folder / "train" / "c.pt")
     (folder / "train" / "notes.txt").write_text("not a video")
+    (folder / "train" / "._0.npy").write_text("not a video either")
     with pytest.raises(ValueError, match=r"mine: has .* and other sizes: give --image_size"):
         dataset_spec(str(folder))
     assert dataset_spec(str(folder), image_size=32).T == 20
@@ -482,6 +494,123 @@ def test_a_folder_without_videos_is_refused(tmp_path, folder):
     (folder / "train").rmdir()
     with pytest.raises(FileNotFoundError, match="train: no such folder"):
         train_set(folder, T=10)
+
+
+def test_a_folder_may_be_called_like_a_named_set(folder, in_tmp):
+    (in_tmp / "minerl").symlink_to(folder)
+    assert len(get_test_dataset("./minerl")) == 12
+    folder.rename(in_tmp / "bouncy_balls")
+    videos = get_test_dataset(str(in_tmp / "bouncy_balls"))
+    assert (len(videos), videos.name) == (12, "bouncy_balls")
+    assert not (in_tmp / "datasets").exists()
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_a_stride_takes_one_frame_in_so_many(folder, in_tmp):
+    spec = dataset_spec(str(folder), frame_stride=3)
+    assert spec.T == 7  # 0, 3, ..., 18 of 20
+    videos = get_test_dataset(spec)
+    assert videos.length(0) == 7
+    assert videos.read(0)[:, 1, 0, 0].tolist() == list(range(0, 20, 3))
+    item = get_train_dataset(spec, T=7, max_frames=7)[0, 0]
+    steps = torch.diff(item["frames"][:, 1, 0, 0].long()) - 3 * torch.diff(item["frame_indices"])
+    real = (item["obs_mask"] + item["latent_mask"]).flatten().bool()
+    assert real.all() and not steps.any()
+    assert dataset_spec("mazes_cwvae", frame_stride=4).T == 75
+    with pytest.raises(ValueError, match=r"has 10 frames, need T=11"):
+        get_train_dataset(spec, T=11, max_frames=3)
+
+
+@pytest.mark.parametrize("fps, expected", [(5, range(0, 20, 2)), (4, [0, 2, 5, 7, 10, 12, 15, 17])])
+def test_a_frame_rate_follows_the_files_time(tmp_path, fps, expected):
+    (tmp_path / "test").mkdir()
+    frames = numbered_video(0, 20)
+    frames[..., 1] *= 12  # far enough apart for a lossy format
+    for name in ("0.mp4", "1.gif"):
+        video_io.write_video(tmp_path / "test" / name, frames, fps=10)
+    videos = get_test_dataset(dataset_spec(str(tmp_path), fps=fps))
+    assert videos.T == len(expected)
+    for i in range(2):
+        numbers = videos.read(i)[:, 1].mean(axis=(1, 2)) / 12
+        np.testing.assert_allclose(numbers, list(expected), atol=0.4)
+
+
+def test_impossible_frame_rates_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"0\.npy: has no frame rate: use --frame_stride"):
+        dataset_spec(str(folder), fps=5)
+    (tmp_path / "slow" / "test").mkdir(parents=True)
+    video_io.write_video(tmp_path / "slow/test/0.mp4", numbered_video(0, 20), fps=10)
+    with pytest.raises(ValueError, match=r"0\.mp4: has 10 frames a second, below --fps 12"):
+        dataset_spec(str(tmp_path / "slow"), fps=12)
+    assert dataset_spec(str(tmp_path / "slow"), fps=10).T == 20
+    for options in ({"frame_stride": 0}, {"fps": 0.0}):
+        with pytest.raises(ValueError, match="--frame_stride must be at least 1, --fps above 0"):
+            dataset_spec(str(folder), **options)
+    with pytest.raises(ValueError, match="exclude each other"):
+        dataset_spec(str(folder), frame_stride=2, fps=5)
+    with pytest.raises(ValueError, match="not for minerl"):
+        dataset_spec("minerl", fps=5)
+
+
+def test_a_folder_without_partitions_is_split_at_random_but_always_the_same_way(folder):
+    flat = folder / "test"
+    spec = dataset_spec(str(flat), test_fraction=0.25)
+    train, test = (get_test_dataset(spec, partition=p).files.paths for p in ("train", "test"))
+    assert len(test) == 3 and sorted(test + train) == sorted(flat.glob("*.npy"))
+    again = dataset_spec(str(flat), test_fraction=0.25)
+    assert get_test_dataset(again).files.paths == test
+    assert test not in (train[:3], train[-3:])
+    with pytest.raises(FileNotFoundError, match="no videos in the partition test"):
+        get_test_dataset(dataset_spec(str(flat), test_fraction=0.0))
+    with pytest.raises(ValueError, match="--test_fraction 1.5: must be in"):
+        dataset_spec(str(flat), test_fraction=1.5)
+
+
+def test_broken_and_short_training_videos_can_be_left_out(folder, in_tmp, caplog):
+    (folder / "train" / "3.npy").write_bytes(b"")
+    spec = dataset_spec(str(folder), skip_broken=True)
+    dataset = get_train_dataset(spec, T=32, max_frames=4)
+    assert [path.name for path in dataset.files.paths] == ["2.npy", "4.npy"]
+    left_out = [record.getMessage() for record in caplog.records]
+    assert len(left_out) == 3 and all(line.startswith("left out: ") for line in left_out)
+    assert any("3.npy: the file is empty" in line for line in left_out)
+    with pytest.raises(ValueError, match="no training video is fit for T=99"):
+        get_train_dataset(spec, T=99, max_frames=4)
+    root = make_named("minerl", T=20, videos=3)
+    np.save(root / "train" / "1.npy", np.zeros((20, 48, 64, 3), np.uint8))
+    dataset = get_train_dataset(dataset_spec("minerl", skip_broken=True), T=20, max_frames=4)
+    assert [path.name for path in dataset.files.paths] == ["0.npy", "2.npy"]
+
+
+def test_broken_test_videos_are_never_left_out(folder):
+    (folder / "test" / "3.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test/3\.npy: the file is empty"):
+        dataset_spec(str(folder), skip_broken=True)
+
+
+# ---------------------------------------------------------------- copies on a faster disk
+
+
+def test_files_are_copied_on_first_use_and_when_they_change(folder, tmp_path):
+    videos = get_test_dataset(str(folder), cache_dir=str(tmp_path / "fast"))
+    assert not (tmp_path / "fast").exists()
+    np.testing.assert_array_equal(videos.read(3), get_test_dataset(str(folder)).read(3))
+    copies = list((tmp_path / "fast").rglob("*.npy"))
+    assert [copy.name for copy in copies] == ["3.npy"]
+    copies[0].write_bytes(copies[0].read_bytes().replace(b"\x03", b"\x04"))
+    os.utime(copies[0], ns=(0, (folder / "test/3.npy").stat().st_mtime_ns))
+    assert videos.read(3, [0])[0, 0, 0, 0] == 4  # the copy is what is read
+    np.save(folder / "test" / "3.npy", numbered_video(77, 20))
+    assert videos.read(3, [0])[0, 0, 0, 0] == 77
+
+
+def test_training_items_do_not_depend_on_the_cache(folder, tmp_path):
+    cached = train_set(folder, cache_dir=str(tmp_path / "fast"))
+    for index in range(5):
+        assert torch.equal(cached[0, index]["frames"], train_set(folder)[0, index]["frames"])
+    assert len(list((tmp_path / "fast").rglob("*.npy"))) == 5
 
 
 # ---------------------------------------------------------------- broken files

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.video_io import frame_count, read_video, write_video
@@ -118,6 +119,26 @@ def test_an_index_outside_the_video_is_refused(tmp_path, video, index):
     path = save(tmp_path / "0.npy", video)
     with pytest.raises(ValueError, match=rf"0\.npy: has 40 frames, none of index {index}"):
         read_video(path, [index])
+
+
+@pytest.mark.parametrize("step", [1, 2, 2.5, 30 / 7, 39, 100])
+def test_subsampling_takes_the_frames_at_multiples_of_the_step(tmp_path, video, step):
+    whole = video_io.open_video(save(tmp_path / "0.npy", video))
+    part = video_io.subsample(whole, step)
+    expected = [int(i * step + 1e-9) for i in range(T) if i * step <= T - 1]
+    assert part.shape == (len(expected), SIZE, SIZE)
+    np.testing.assert_array_equal(part.read(range(len(expected))), video[expected])
+    with pytest.raises(ValueError, match="none of index"):
+        part.read([len(expected)])
+
+
+def test_the_frame_rate_is_known_where_the_file_says(tmp_path, video):
+    paths = [save(tmp_path / f"0{suffix}", video) for suffix in SUFFIXES]
+    rates = {path.suffix: video_io.open_video(path).fps for path in paths}
+    assert rates == {
+        ".npy": None, ".npz": None, ".pt": None,
+        ".gif": 10.0, ".mp4": 25.0, ".avi": 25.0, ".webm": 25.0,
+    }
 
 
 # ---------------------------------------------------------------- broken files

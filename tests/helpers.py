@@ -1,0 +1,57 @@
+"""Tiny checkpoints, data sets and script calls that several tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden_fill import weights
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def run_script(name: str, *args: object, cwd: Path, env: dict[str, str] | None = None, launcher=()):
+    """Run scripts/<name> as a user types it; returns the finished process with its text."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | (env or {})
+    command = [*launcher, sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def make_folder_dataset(folder: Path, *, num_train: int = 3, num_test: int = 4, T: int = 8, size: int = 32) -> Path:
+    """A folder data set of smooth random videos, .npy [T, size, size, 3]."""
+    rng = np.random.default_rng(0)
+    for partition, number in (("train", num_train), ("test", num_test)):
+        (folder / partition).mkdir(parents=True)
+        for index in range(number):
+            start = rng.integers(0, 255, (1, 4, 4, 3))
+            frames = np.clip(start + 3 * np.arange(T)[:, None, None, None], 0, 255).astype(np.uint8)
+            np.save(folder / partition / f"{index}.npy", frames.repeat(size // 4, 1).repeat(size // 4, 2))
+    return folder
+
+
+def golden_case(name: str) -> dict:
+    """One case of golden/unet.json."""
+    return next(c for c in json.loads((GOLDEN / "unet.json").read_text()) if c["name"] == name)
+
+
+def make_checkpoint(path: Path, dataset: Path | str, **options: object) -> Path:
+    """A checkpoint in the published format: golden's parameter names and shapes, a flat config.
+
+    The config has keys that only the published code knows, and lacks most of ours.
+    """
+    case = golden_case("small32")
+    state = {name: torch.from_numpy(value) for name, value in weights(case["state_dict_shapes"]).items()}
+    config = case["args"] | {
+        "diffusion_steps": 3,
+        "noise_schedule": "cosine",
+        "predict_xstart": True,
+        "max_frames": 4,
+        "dataset": str(dataset),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "config": config | options, "step": 1234}, path)
+    return path

@@ -1,0 +1,56 @@
+"""The walker alone: rendering needs the simulator, which the tests do without."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "datasets" / "memory_mazes.py"
+LAYOUT = np.array([list(row) for row in ["*****", "*  P*", "* * *", "*G* *", "*****"]])
+
+
+@pytest.fixture(scope="module")
+def mazes():
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_free_cells_count_from_the_lower_left_corner_inside(mazes):
+    assert mazes["free_cells"](LAYOUT) == {(0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0)}
+
+
+def test_shortest_paths_lead_round_the_walls(mazes):
+    paths = mazes["shortest_paths"](mazes["free_cells"](LAYOUT), (0, 0))
+    assert paths[(2, 0)] == [(0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0)]
+    assert paths[(0, 0)] == []
+
+
+def test_a_walker_sees_the_whole_maze_and_comes_back(mazes):
+    free = {(x, y) for x in range(7) for y in range(7) if x % 2 == 0 or y % 2 == 0}
+    walker = mazes["Walker"](free, np.random.default_rng(0))
+    position, angle, cells = np.array([0.5, 0.5]), 0.0, []
+    for _ in range(3000):
+        heading = np.array([np.cos(angle), np.sin(angle)])
+        forward, turn = walker.act(position, heading)
+        assert 0 <= forward <= 1 and -1 <= turn <= 1
+        angle += 0.5 * turn
+        moved = position + 0.3 * forward * heading
+        if (int(moved[0]), int(moved[1])) in free and (moved > 0).all():
+            position = moved
+        cells.append((int(position[0]), int(position[1])))
+    assert len(set(cells)) > 0.9 * len(free)
+    assert len(set(cells[1500:])) > 0.5 * len(free)
+
+
+def test_without_the_simulator_the_error_says_what_to_install(mazes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    with pytest.raises(ValueError, match=r"pip install -e \.\[mazes\]"):
+        mazes["make_environment"](np.random.RandomState(0))
+
+
+def test_a_finished_data_set_is_not_rendered_again(mazes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets/memory_mazes").mkdir(parents=True)
+    with pytest.raises(ValueError, match="memory_mazes: exists; remove it"):
+        mazes["main"](["--num_train", "1"])

@@ -1,0 +1,508 @@
+"""Training from end to end: alone, over ranks, stopped and resumed, and with everything that can go wrong."""
+
+import contextlib
+import csv
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from improved_diffusion import checkpoints, dist_util, fp16_util, runs, train_util
+
+from train_runs import SCRIPT, environment, flags, make_loop, make_videos, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """A data set; checkpoints go below tmp_path, wandb is off."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return make_videos(tmp_path / "videos")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def equal(a, b):
+    """Whether two nested states are the same bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(first, second):
+    first, second = checkpoints.load_run(str(first)), checkpoints.load_run(str(second))
+    assert first.step == second.step
+    assert equal(first.model_state, second.model_state)
+    assert equal(first.ema_states, second.ema_states)
+    assert equal(first.opt_state, second.opt_state)
+
+
+def column(folder, name):
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_trains_saves_and_says_how_to_resume(videos, tmp_path):
+    done = train(tmp_path, *flags(videos))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    kinds = ("model", "ema_0.9", "ema_0.99", "opt")
+    expected = {f"{kind}_{step}.pt" for kind in kinds for step in ("000002", "000004", "latest")}
+    assert {path.name for path in folder.iterdir()} == expected | {"progress.csv"}
+    assert column(folder, "step") == ["1", "2", "3", "4"]
+    assert all(
+        math.isfinite(float(x)) for x in column(folder, "loss") + column(folder, "grad_norm")
+    )
+    for line in (
+        "ranks: 1, device: cpu",
+        f"run id: {folder.name}",
+        "batch size: 2 per rank, 2 over",
+        "parameters: ",
+    ):
+        assert line in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("to resume: python") and last.endswith(f"--resume_id {folder.name}")
+    assert checkpoints.load_weights(str(folder / "model_latest.pt")).config["image_size"] == 32
+
+
+def test_the_resume_command_of_an_mpi_run_replaces_old_resume_options(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train.py", "--T=3", "--resume_id", "a", "--resume_checkpoint=x y", "--lr", "1"],
+    )
+    assert runs.resume_command("p/b") == "mpiexec -n 1 python train.py --T=3 --lr 1 --resume_id p/b"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "no_such_set"}, "no_such_set"),
+        ({"T": 100}, "need T=100"),
+        ({"num_channels": 33}, "--num_channels 33"),
+        ({"diffusion_steps": 20}, "--noise_schedule cosine"),
+        ({"use_fp16": True}, "--precision bf16"),
+        (
+            {"resume_checkpoint": "nowhere/model_latest.pt"},
+            "nowhere/model_latest.pt: no such checkpoint",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(videos, monkeypatch, options, message):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import video_train
+
+    monkeypatch.setattr(sys, "argv", ["video_train.py", *flags(**{"dataset": videos, **options})])
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.callback(dist_util.cleanup)
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            video_train.main()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mistake_ends_the_command_without_a_traceback(tmp_path):
+    done = train(tmp_path, *flags("no_such_set"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("video_train.py: error: unknown data set 'no_such_set'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_explains_signals_and_exit_codes(tmp_path):
+    done = train(tmp_path, "--help")
+    assert done.returncode == 0
+    assert (
+        "SIGUSR1" in done.stdout and f"exit with code {train_util.EXIT_INTERRUPTED}" in done.stdout
+    )
+
+
+def test_a_run_that_cannot_make_its_folder_says_so_in_one_line(videos, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    done = train(tmp_path, *flags(videos))
+    assert done.returncode == 1
+    assert (
+        "cannot make the run's folder checkpoints/" in done.stderr
+        and "DIFFUSION_BLOB_LOGDIR" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(videos, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    done = train(tmp_path, *flags(videos, resume_id="full"), preexec_fn=limit)
+    assert done.returncode == 1
+    assert "cannot write checkpoints/full/model_000002.pt: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "checkpoints" / "full").iterdir()] == ["progress.csv"]
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_resume_equals_an_unbroken_run_bit_for_bit(videos):
+    options = {"schedule_sampler": "loss-second-moment", "weight_decay": 0.01, "ema_warmup": True}
+    dropout = {"dropout": 0.1}
+    make_loop(videos, dropout, resume_id="whole", **options).run_loop()
+    make_loop(videos, dropout, resume_id="parts", max_steps=2, **options).run_loop()
+    make_loop(videos, dropout, resume_id="parts", num_workers=1, **options).run_loop()
+    assert_same_run("checkpoints/whole", "checkpoints/parts")
+    assert column("checkpoints/whole", "loss") == column("checkpoints/parts", "loss")
+
+
+def test_annealing_goes_on_where_it_was(videos):
+    make_loop(videos, resume_id="whole", lr_anneal_steps=3, max_steps=0).run_loop()
+    make_loop(videos, resume_id="parts", lr_anneal_steps=3, max_steps=1).run_loop()
+    make_loop(videos, resume_id="parts", lr_anneal_steps=3, max_steps=0).run_loop()
+    rates = [float(rate) for rate in column("checkpoints/parts", "lr")]
+    assert rates == pytest.approx([0.001, 0.001 * 2 / 3, 0.001 / 3])
+    assert_same_run("checkpoints/whole", "checkpoints/parts")
+
+
+def test_an_empty_folder_starts_at_step_0_and_says_so(videos, caplog):
+    caplog.set_level("INFO")
+    loop = make_loop(videos, resume_id="some/where/new")
+    assert loop.step == 0 and loop.run.folder == "checkpoints/some/where/new"
+    assert "holds no complete checkpoint: starting at step 0" in caplog.text
+
+
+def test_resuming_another_network_is_refused_and_another_rate_is_told(videos, caplog):
+    make_loop(videos, resume_id="run", max_steps=1).run_loop()
+    with pytest.raises(ValueError, match="--num_res_blocks 2 differs .* give --num_res_blocks 1"):
+        make_loop(videos, {"num_res_blocks": 2}, resume_id="run")
+    caplog.set_level("INFO")
+    make_loop(videos, resume_id="run", lr=0.5)
+    assert "--lr was 0.001 before, is 0.5 now" in caplog.text
+
+
+def test_resume_checkpoint_starts_a_new_run_from_the_weights(videos):
+    make_loop(videos, resume_id="old", max_steps=2).run_loop()
+    path = "checkpoints/old/ema_0.9_000002.pt"
+    loop = make_loop(videos, resume_checkpoint=path)
+    assert loop.step == 0 and loop.run.run_id != "old" and not loop.optimizer.state
+    weights = checkpoints.load_weights(path).state_dict
+    assert equal(dict(loop.model.state_dict()), weights)
+    assert all(equal(ema, weights) for ema in loop.emas.values())
+
+
+def test_the_folder_root_comes_from_the_environment(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "elsewhere"))
+    make_loop(videos, resume_id="run", max_steps=1).run_loop()
+    assert (tmp_path / "elsewhere" / "run" / "model_000001.pt").is_file()
+
+
+# ---------------------------------------------------------------- one step
+
+
+def gradients(loop):
+    loop._update = lambda: None
+    loop.run_step(next(loop._batches()))
+    return [param.grad for param in loop.model.parameters()]
+
+
+def wake_up(loop):
+    """Replace the zeros that much of the network starts with, so that all gradients count."""
+    with torch.no_grad():
+        for param in loop.model.parameters():
+            param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
+    return loop
+
+
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_microbatches_leave_the_gradients_as_they_are(videos, microbatch):
+    whole = gradients(wake_up(make_loop(videos, batch_size=3)))
+    parts = gradients(wake_up(make_loop(videos, batch_size=3, microbatch=microbatch)))
+    largest = max(grad.abs().max() for grad in whole)
+    assert largest > 0
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+        for a, b in zip(whole, parts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_padding_counts_in_the_loss_only_where_it_is_another_videos(videos, pad, monkeypatch):
+    loop = make_loop(videos, pad_with_random_frames=pad)
+    seen = {}
+
+    def training_losses(model, x_start, t, *, model_kwargs, noise, latent_mask, eval_mask):
+        seen.update(x=x_start, loss=latent_mask, eval=eval_mask)
+        return {"loss": sum(param.sum() for param in loop.model.parameters()) * torch.ones(len(t))}
+
+    monkeypatch.setattr(loop.diffusion, "training_losses", training_losses)
+    mask = {
+        "obs_mask": torch.tensor([1.0, 0, 0]).expand(2, -1).reshape(2, 3, 1, 1, 1),
+        "latent_mask": torch.tensor([0.0, 1, 0]).expand(2, -1).reshape(2, 3, 1, 1, 1),
+    }
+    frames = torch.full((2, 3, 3, 32, 32), 255, dtype=torch.uint8)
+    loop.run_step({"frames": frames, "frame_indices": torch.zeros(2, 3, dtype=torch.int64), **mask})
+    assert seen["loss"][0].flatten().tolist() == [0, 1, float(pad)]
+    assert seen["eval"][0].flatten().tolist() == [0, 1, 0]
+    assert seen["x"][0, :, 0, 0, 0].tolist() == [1, 1, float(pad)]
+
+
+def test_bf16_trains_float32_weights(videos):
+    loop = make_loop(videos, precision="bf16", max_steps=1)
+    loop.run_loop()
+    assert {param.dtype for param in loop.model.parameters()} == {torch.float32}
+    plain = make_loop(videos, max_steps=1)
+    plain.run_loop()
+    assert not equal(loop.optimizer.state_dict(), plain.optimizer.state_dict())
+
+
+def test_the_average_follows_its_formula():
+    average, weights = {"w": torch.ones(2)}, torch.tensor([3.0, 5.0])
+    fp16_util.update_ema(average, [weights], 0.75)
+    assert torch.allclose(average["w"], torch.tensor([1.5, 2.0]))
+    assert fp16_util.ema_decay(0.9999, 1, warmup=False) == 0.9999
+    assert fp16_util.ema_decay(0.9999, 1, warmup=True) == 2 / 11
+    assert fp16_util.ema_decay(0.5, 1000, warmup=True) == 0.5
+
+
+def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
+    scale = fp16_util.LossScale(0.001)
+    start = scale.value
+    scale.update(False)
+    assert scale.value == start / 2
+    for _ in range(1000):
+        scale.update(True)
+    assert scale.value == pytest.approx(start)
+
+
+def spoil(loop, bad_steps):
+    """Let the loss be NaN in the calls that `bad_steps` names, counted from 0."""
+    real, calls = loop.diffusion.training_losses, iter(range(1000))
+
+    def training_losses(*args, **kwargs):
+        terms = real(*args, **kwargs)
+        return {**terms, "loss": terms["loss"] * math.nan} if next(calls) in bad_steps else terms
+
+    loop.diffusion.training_losses = training_losses
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_told(videos, caplog):
+    loop = make_loop(videos, max_steps=3)
+    spoil(loop, {1})
+    before = {name: param.clone() for name, param in loop.params.items()}
+    loop.run_loop()
+    assert loop.step == 3 and loop.position == 8
+    assert all(param.isfinite().all() for param in loop.params.values()) and not equal(
+        before, loop.params
+    )
+    (warning,) = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+    assert warning.startswith("step 1, rank 0: loss nan at timestep")
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_with_the_timesteps(videos):
+    loop = make_loop(videos)
+    spoil(loop, set(range(1, 100)))
+    with pytest.raises(
+        ValueError, match="step 1, rank 0: loss nan at timestep .* 5 times in a row"
+    ):
+        loop.run_loop()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_samples_are_drawn_at_their_interval(videos, precision):
+    loop = make_loop(videos, sample_interval=2, max_steps=3, precision=precision)
+    loop.run_loop()
+    names = sorted(path.name for path in Path(loop.run.folder, "samples").iterdir())
+    assert names == [f"sample_000002_{i}.gif" for i in range(4)]
+    assert loop.model.training
+
+
+def test_drawing_samples_does_not_change_the_run(videos):
+    make_loop(videos, {"dropout": 0.1}, resume_id="with", sample_interval=1, max_steps=2).run_loop()
+    make_loop(
+        videos, {"dropout": 0.1}, resume_id="without", sample_interval=0, max_steps=2
+    ).run_loop()
+    assert_same_run("checkpoints/with", "checkpoints/without")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_video_ends_the_run_in_one_line(videos, num_workers):
+    loop = make_loop(videos, num_workers=num_workers)
+    path = Path(videos, "train", "3.npy")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="3.npy") as caught:
+        loop.run_loop()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_optimiser_file_is_refused(videos):
+    loop = make_loop(videos, resume_id="run", max_steps=1)
+    config = loop.stored_config
+    checkpoints.save_run(loop.run.folder, 1, loop.model.state_dict(), {}, {"state": {}}, config)
+    with pytest.raises(ValueError, match="opt_.*another program's: .*--resume_checkpoint"):
+        make_loop(videos, resume_id="run")
+
+
+def test_weights_of_another_network_are_refused(videos):
+    make_loop(videos, resume_id="old", max_steps=1).run_loop()
+    path = "checkpoints/old/model_latest.pt"
+    with pytest.raises(ValueError, match=f"{path}: weights of another network"):
+        make_loop(videos, {"num_res_blocks": 2}, resume_checkpoint=path)
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", train_util.STOP_SIGNALS)
+def test_a_signal_lets_the_step_finish_and_saves(videos, number):
+    loop = make_loop(videos, max_steps=0, save_interval=100)
+    real = loop._update
+
+    def update():
+        real()
+        if loop.step == 3:
+            os.kill(os.getpid(), number)
+
+    loop._update = update
+    before = signal.getsignal(number)
+    assert loop.run_loop() is True
+    assert checkpoints.find_resume_step(loop.run.folder) == loop.step == 4
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_the_whole_process_group_saves_and_exits_with_the_documented_code(
+    videos, tmp_path
+):
+    command = [sys.executable, SCRIPT, *flags(videos, max_steps=0, num_workers=2, resume_id="run")]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "checkpoints" / "run" / "model_000002.pt", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == train_util.EXIT_INTERRUPTED, errors
+    assert "to resume:" in errors and "Traceback" not in errors
+
+
+def wait_for(path, process, limit_s=60):
+    """Wait until a running process has made a file."""
+    deadline = time.monotonic() + limit_s
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def rank_script(folder, body):
+    """A training script in which `body` may change TrainLoop before it runs."""
+    script = folder / "ranks.py"
+    script.write_text(
+        "import os, signal, sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        "import video_train\n"
+        "from improved_diffusion import dist_util, train_util\n"
+        "from improved_diffusion.script_util import run_main\n"
+        "Loop, update = train_util.TrainLoop, train_util.TrainLoop._update\n"
+        + textwrap.dedent(body)
+        + "\nrun_main(video_train.main)\n"
+    )
+    return str(script)
+
+
+def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_path):
+    body = """
+        def checked(self):
+            grads = torch.cat([p.grad.flatten() for p in self.params.values()])
+            update(self)
+            values = torch.cat([p.detach().flatten() for p in self.params.values()])
+            for name, own in (("gradients", grads), ("parameters", values)):
+                both = dist_util.all_gather(own[None])
+                assert torch.equal(both[0], both[1]), name
+            if dist_util.is_main():
+                print("equal at", self.step, flush=True)
+
+        Loop._update = checked
+    """
+    done = train(
+        tmp_path,
+        *flags(videos, microbatch=1, num_workers=1, resume_id="run"),
+        ranks=2,
+        script=rank_script(tmp_path, body),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"equal at {step}" for step in (1, 2, 3, 4)]
+    assert (
+        "ranks: 2, device: cpu" in done.stderr and "batch size: 2 per rank, 4 over" in done.stderr
+    )
+    assert checkpoints.load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 16
+
+
+def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_one(
+    videos, tmp_path
+):
+    body = """
+        def stopped(self):
+            update(self)
+            if self.step == 1 and dist_util.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        Loop._update = stopped
+    """
+    options = {"save_interval": 100, "max_steps": 3}
+    whole = train(tmp_path, *flags(videos, resume_id="whole", **options), ranks=2)
+    assert whole.returncode == 0, whole.stderr
+    arguments = flags(videos, resume_id="parts", **options)
+    stopped = train(tmp_path, *arguments, ranks=2, script=rank_script(tmp_path, body))
+    assert stopped.returncode == train_util.EXIT_INTERRUPTED, stopped.stderr
+    assert checkpoints.find_resume_step(str(tmp_path / "checkpoints" / "parts")) == 2
+    assert "to resume: mpiexec -n 2 python" in stopped.stderr
+    assert train(tmp_path, *arguments, ranks=2).returncode == 0
+    assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError('rank one is ill')", "RuntimeError('rank one is ill')"]
+)
+def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path, error):
+    body = f"""
+        def fails(self):
+            update(self)
+            if self.step == 1 and dist_util.rank() == 1:
+                open("failed", "w").close()
+                raise {error}
+
+        Loop._update = fails
+    """
+    done = train(
+        tmp_path, *flags(videos, num_workers=1), ranks=2, script=rank_script(tmp_path, body)
+    )
+    took = time.time() - (tmp_path / "failed").stat().st_mtime
+    assert done.returncode != 0 and took < 10
+    assert "rank one is ill" in done.stderr
+
+
+def test_a_mistake_under_mpiexec_ends_all_ranks_in_one_line(videos, tmp_path):
+    done = train(tmp_path, *flags(videos, T=100), ranks=2)
+    assert done.returncode != 0
+    assert "need T=100" in done.stderr and "Traceback" not in done.stderr

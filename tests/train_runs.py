@@ -1,0 +1,97 @@
+"""Tiny training runs for tests: a data set made on the spot, loops in process, commands as typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from improved_diffusion import train_util
+from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.runs import open_run
+from improved_diffusion.script_util import create_diffusion, create_model
+from improved_diffusion.video_datasets import get_train_dataset
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts" / "video_train.py")
+MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
+MODEL = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "4"}
+TRAIN = {
+    "batch_size": 2,
+    "max_frames": 3,
+    "T": 6,
+    "num_workers": 0,
+    "log_interval": 1,
+    "save_interval": 2,
+    "max_steps": 4,
+    "ema_rate": "0.9,0.99",
+    "lr": 0.001,
+}
+
+
+def make_videos(folder: Path, num_videos: int = 5) -> str:
+    """A folder data set of 8-frame videos of 32x32 random pixels; returns its path."""
+    for partition in ("train", "test"):
+        (folder / partition).mkdir(parents=True)
+        for i in range(num_videos):
+            video = np.random.default_rng(i).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+            np.save(folder / partition / f"{i}.npy", video)
+    return str(folder)
+
+
+def make_loop(dataset: str, model_options: dict | None = None, **options) -> train_util.TrainLoop:
+    """The loop of the command's options, in this process."""
+    train = TrainConfig(dataset=dataset, **{**TRAIN, **options})
+    model_config = ModelConfig(image_size=32, **{**MODEL, **(model_options or {})})
+    diffusion_config = DiffusionConfig(diffusion_steps=40)
+    stored = {**vars(train), **vars(model_config), **vars(diffusion_config)}
+    data = get_train_dataset(
+        dataset,
+        T=train.T,
+        max_frames=train.max_frames,
+        seed=train.seed,
+        image_size=32,
+        pad_with_random_frames=train.pad_with_random_frames,
+    )
+    torch.manual_seed(train.seed)
+    return train_util.TrainLoop(
+        create_model(model_config),
+        create_diffusion(diffusion_config),
+        data,
+        train,
+        run=open_run(train, stored),
+        stored_config=stored,
+        sample_diffusion=create_diffusion(
+            dataclasses.replace(diffusion_config, timestep_respacing="2")
+        ),
+    )
+
+
+def flags(dataset: str, **options) -> list[str]:
+    """The command line of the same options."""
+    values = {"dataset": dataset, "diffusion_steps": 40, **MODEL, **TRAIN, **options}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's variables without wandb and with one thread."""
+    return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **variables}
+
+
+def train(
+    cwd: Path, *arguments: str, ranks: int = 0, script: str = SCRIPT, **options
+) -> subprocess.CompletedProcess[str]:
+    """Run the command (`ranks` > 0: under mpiexec) in `cwd`; stdout and stderr as text."""
+    launch = [MPIEXEC, "-n", str(ranks)] if ranks else []
+    return subprocess.run(
+        [*launch, sys.executable, script, *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
