@@ -227,7 +227,7 @@ def _portable(value: Any) -> Any:
 
 
 def _link(source: str, target: str) -> None:
-    """Make `target` another name of `source`, replacing it at once; a copy where links are impossible."""
+    """Make `target` another name of `source` at once; a copy where links are impossible."""
     if paths.is_remote(target):
         import blobfile
 

@@ -21,7 +21,9 @@ def check_choices(config: Any) -> None:
         choices = item.metadata.get("choices")
         value = getattr(config, item.name)
         if choices and value not in choices:
-            raise ValueError(f"--{item.name} {value!r} is unknown: choose from {', '.join(choices)}")
+            raise ValueError(
+                f"--{item.name} {value!r} is unknown: choose from {', '.join(choices)}"
+            )
 
 
 def defaults(*groups: type) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def defaults(*groups: type) -> dict[str, Any]:
 class ModelConfig:
     """The network's size and form (unet.py)."""
 
-    image_size: int | None = option(None, "height and width of the frames (default: the data set's)")
+    image_size: int | None = option(
+        None, "height and width of the frames (default: the data set's)"
+    )
     num_channels: int = option(128, "channels of the outermost level; a multiple of 32")
     num_res_blocks: int = option(2, "residual blocks per level")
     num_heads: int = option(4, "attention heads")
@@ -42,16 +46,24 @@ class ModelConfig:
     attention_resolutions: str = option("16,8", "image sizes that get attention, comma list")
     dropout: float = option(0.0, "dropout rate inside residual blocks")
     learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
-    use_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory")
-    use_scale_shift_norm: bool = option(True, "time embedding scales and shifts the norm (False: added)")
+    use_checkpoint: bool = option(
+        False, "recompute activations in the backward pass to save memory"
+    )
+    use_scale_shift_norm: bool = option(
+        True, "time embedding scales and shifts the norm (False: added)"
+    )
 
     def __post_init__(self) -> None:
         if self.num_channels < 32 or self.num_channels % 32:
-            raise ValueError(f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)")
+            raise ValueError(
+                f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)"
+            )
         for flag in ("num_heads", "num_heads_upsample"):
             heads = getattr(self, flag)
             if heads != -1 and (heads < 1 or self.num_channels % heads):
-                raise ValueError(f"--{flag} {heads}: must divide --num_channels {self.num_channels}")
+                raise ValueError(
+                    f"--{flag} {heads}: must divide --num_channels {self.num_channels}"
+                )
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,17 @@ class DiffusionConfig:
     learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
     sigma_small: bool = option(False, "fixed variance: the posterior's instead of beta")
     diffusion_steps: int = option(1000, "number of diffusion timesteps")
-    noise_schedule: str = option("linear", "shape of the noise schedule", choices=("linear", "cosine"))
+    noise_schedule: str = option(
+        "linear", "shape of the noise schedule", choices=("linear", "cosine")
+    )
     timestep_respacing: str = option(
-        "", "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)"
+        "",
+        "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)",
     )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE")
-    predict_xstart: bool = option(False, "the network predicts the clean frames instead of the noise")
+    predict_xstart: bool = option(
+        False, "the network predicts the clean frames instead of the noise"
+    )
     rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
 
@@ -93,7 +110,9 @@ class TrainConfig:
     num_workers: int = option(-1, "data loading processes per rank (-1: cores - 1)")
     lr: float = option(1e-4, "learning rate of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW")
-    lr_anneal_steps: int = option(0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)")
+    lr_anneal_steps: int = option(
+        0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)"
+    )
     max_steps: int = option(0, "stop after so many steps, without annealing (0: no limit)")
     schedule_sampler: str = option(
         "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
@@ -106,8 +125,12 @@ class TrainConfig:
     sample_steps: int = option(50, "DDIM steps of the samples drawn while training")
     save_latest_only: bool = option(False, "keep only the newest checkpoint (*_latest.pt)")
     keep_checkpoints: int = option(0, "numbered checkpoints to keep (0: all)")
-    resume_id: str = option("", "run to continue (or to start under this id): folder below checkpoints/")
-    resume_checkpoint: str = option("", "start a new run from the weights of this model or EMA file")
+    resume_id: str = option(
+        "", "run to continue (or to start under this id): folder below checkpoints/"
+    )
+    resume_checkpoint: str = option(
+        "", "start a new run from the weights of this model or EMA file"
+    )
     use_fp16: bool = option(False, "float16 with loss scaling (CUDA only)")
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
@@ -146,31 +169,45 @@ class TrainConfig:
 class SampleConfig:
     """One sampling run (video_sampling.py)."""
 
-    checkpoint_path: str = field(metadata={"help": "model or EMA checkpoint file", "positional": True})
+    checkpoint_path: str = field(
+        metadata={"help": "model or EMA checkpoint file", "positional": True}
+    )
     inference_mode: str = field(metadata={"help": "inference strategy (required), see README.md"})
     step_size: int = option(1, "frames to sample in each inference step")
     obs_length: int = option(36, "frames observed at the start of the video")
-    max_frames: int | None = option(None, "frames given to the network at once (default: as trained)")
+    max_frames: int | None = option(
+        None, "frames given to the network at once (default: as trained)"
+    )
     num_samples: int = option(1, "samples per test video")
     T: int | None = option(None, "length of the videos (default: the data set's)")
     subset_size: int | None = option(None, "use the first so many videos of one fixed permutation")
     batch_size: int = option(8, "videos sampled at once")
-    eval_dir: str | None = option(None, "replaces results/<run>/<checkpoint> (default: from the path)")
+    eval_dir: str | None = option(
+        None, "replaces results/<run>/<checkpoint> (default: from the path)"
+    )
     use_ddim: bool = option(False, "sample with DDIM")
     sampler: str = option(
         "", "way of sampling (default: ddpm)", choices=("", "ddpm", "ddim", "dpmpp2m", "heun")
     )
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
-    timestep_respacing: str = option("", "timesteps to sample with: an integer or ddim<int> (empty: as trained)")
+    timestep_respacing: str = option(
+        "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
+    )
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
-    indices: tuple[int, ...] | None = option(None, "only these test videos", nargs="+", item_type=int)
-    sample_idx: int | None = option(None, "make only the sample of this index (num_samples is ignored)")
+    indices: tuple[int, ...] | None = option(
+        None, "only these test videos", nargs="+", item_type=int
+    )
+    sample_idx: int | None = option(
+        None, "make only the sample of this index (num_samples is ignored)"
+    )
     optimal: bool = option(False, "use <evaluation directory>/optimal_schedule.pt", flag=True)
     device: str = option("", "torch device (default: cuda if there is one)")
     clip_denoised: bool = option(True, "clip predicted clean frames to the range of pixels")
     dataset_partition: str = option("test", "which videos to observe", choices=("test", "train"))
     override_dataset: str = option("", "sample another data set than the model was trained on")
-    just_visualise: bool = option(False, "draw the schedule to a PNG file, sample nothing", flag=True)
+    just_visualise: bool = option(
+        False, "draw the schedule to a PNG file, sample nothing", flag=True
+    )
     seed: int = option(0, "seed of the noise")
 
     def __post_init__(self) -> None:
@@ -183,9 +220,13 @@ class SampleConfig:
         if self.sample_idx is not None and self.sample_idx < 0:
             raise ValueError(f"--sample_idx {self.sample_idx}: must not be negative")
         if self.use_ddim and self.sampler not in ("", "ddim"):
-            raise ValueError(f"--use_ddim True and --sampler {self.sampler} contradict each other: drop one")
+            raise ValueError(
+                f"--use_ddim True and --sampler {self.sampler} contradict each other: drop one"
+            )
         if self.eta and self.sampler_name != "ddim":
-            raise ValueError(f"--eta {self.eta} goes with --use_ddim True, not with {self.sampler_name}")
+            raise ValueError(
+                f"--eta {self.eta} goes with --use_ddim True, not with {self.sampler_name}"
+            )
 
     @property
     def sampler_name(self) -> str:
@@ -197,20 +238,30 @@ class SampleConfig:
         """What the options that change the sampler add to the checkpoint's folder under results/."""
         name = "" if self.sampler_name == "ddpm" else f"_{self.sampler_name}"
         eta = f"_eta{self.eta:g}" if self.eta else ""
-        return name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
+        return (
+            name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
+        )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation (evaluation.py)."""
 
-    eval_dir: str = field(metadata={"help": "evaluation directory: the folder that holds samples/ (required)"})
-    num_samples: int | None = option(None, "samples per video (default: as many as every video has)")
-    modes: tuple[str, ...] = option(("psnr", "ssim"), "metrics to compute", nargs="+", item_type=str)
+    eval_dir: str = field(
+        metadata={"help": "evaluation directory: the folder that holds samples/ (required)"}
+    )
+    num_samples: int | None = option(
+        None, "samples per video (default: as many as every video has)"
+    )
+    modes: tuple[str, ...] = option(
+        ("psnr", "ssim"), "metrics to compute", nargs="+", item_type=str
+    )
     T: int | None = option(None, "length of the videos (default: as sampled)")
     obs_length: int | None = option(None, "observed frames at the start (default: as sampled)")
     dataset: str | None = option(None, "data set of the truth (default: as sampled)")
-    dataset_partition: str | None = option(None, "its partition: test or train (default: as sampled)")
+    dataset_partition: str | None = option(
+        None, "its partition: test or train (default: as sampled)"
+    )
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos read at once")
 
@@ -219,10 +270,14 @@ class EvalConfig:
 class GifConfig:
     """Videos to look at (gallery.py)."""
 
-    eval_dir: str = field(metadata={"help": "evaluation directory: the folder that holds samples/ (required)"})
+    eval_dir: str = field(
+        metadata={"help": "evaluation directory: the folder that holds samples/ (required)"}
+    )
     format: str = option("gif", "file format", choices=("gif", "mp4"))
     add_gt: bool = option(False, "put the true video to the left of each sample", flag=True)
-    grid: bool = option(False, "write one grid of all videos (rows) and samples (columns) instead", flag=True)
+    grid: bool = option(
+        False, "write one grid of all videos (rows) and samples (columns) instead", flag=True
+    )
     fps: int = option(10, "frames per second")
 
 

@@ -46,7 +46,9 @@ def run_script(name: str, options: str) -> None:
     logger.info("\n$ %s", shlex.join(command))
     done = subprocess.run([sys.executable, str(SCRIPTS / name), *shlex.split(options)])
     if done.returncode:
-        raise ValueError(f"scripts/{name} ended with exit code {done.returncode}: see its message above")
+        raise ValueError(
+            f"scripts/{name} ended with exit code {done.returncode}: see its message above"
+        )
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -101,7 +103,9 @@ def trained_steps() -> int:
 def report(eval_dirs: list[Path], seconds: float) -> None:
     """Print losses, scores beside those of a standing picture, and where everything is."""
     losses = [float(row["mse"]) for row in progress()]
-    print(f"\ntraining: {trained_steps()} steps, denoising loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+    print(
+        f"\ntraining: {trained_steps()} steps, denoising loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+    )
     for eval_dir in eval_dirs:
         (pickle_path,) = eval_dir.glob("metrics_*.pkl")
         print(f"\n{eval_dir.name}\n{format_table(pickle_path)}")

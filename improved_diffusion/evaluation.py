@@ -51,7 +51,9 @@ class Scoring:
             if given is not None:
                 return given
             if name not in stored:
-                raise ValueError(f"{eval_dir.sample_config_path} does not say {name}: give --{name}")
+                raise ValueError(
+                    f"{eval_dir.sample_config_path} does not say {name}: give --{name}"
+                )
             return stored[name]
 
         num_samples = config.num_samples or min(len(indices) for indices in samples.values())
@@ -71,18 +73,26 @@ class Scoring:
         )
         videos = sorted(samples)
         if videos[-1] >= len(truth):
-            raise ValueError(f"{eval_dir.path}: video {videos[-1]} is not in {truth.name} ({len(truth)} videos)")
+            raise ValueError(
+                f"{eval_dir.path}: video {videos[-1]} is not in {truth.name} ({len(truth)} videos)"
+            )
         length = min([T, *(truth.length(video) for video in videos)])
         if length < T:
             logger.info("scoring the %d of %d frames that have truth", length, T)
         observed = stored.get("observed_frames", [])
         if config.obs_length is not None:
-            observed = list(range(config.obs_length)) + [i for i in observed if i >= stored.get("obs_length", 0)]
+            observed = list(range(config.obs_length)) + [
+                i for i in observed if i >= stored.get("obs_length", 0)
+            ]
         elif "observed_frames" not in stored:
-            raise ValueError(f"{eval_dir.sample_config_path} does not say obs_length: give --obs_length")
+            raise ValueError(
+                f"{eval_dir.sample_config_path} does not say obs_length: give --obs_length"
+            )
         predicted = np.setdiff1d(np.arange(length), observed)
         if not len(predicted):
-            raise ValueError(f"{eval_dir.path}: all {length} frames with truth are observed: nothing to score")
+            raise ValueError(
+                f"{eval_dir.path}: all {length} frames with truth are observed: nothing to score"
+            )
         return cls(eval_dir, truth, videos, num_samples, T, predicted)
 
     @property
@@ -129,7 +139,9 @@ def evaluate(config: EvalConfig) -> Path:
     rows: dict[str, list[np.ndarray | None]] = {mode: [] for mode in METRICS}
     keys = [(video, sample) for video in scoring.videos for sample in range(scoring.num_samples)]
     for video, sample in tqdm(keys, unit="video", desc="scoring"):
-        frames = load_video(paths.sample_path(scoring.eval_dir.path, video, sample))[scoring.predicted]
+        frames = load_video(paths.sample_path(scoring.eval_dir.path, video, sample))[
+            scoring.predicted
+        ]
         truth = scoring.truth.read(video, scoring.predicted)
         for mode, cache in caches.items():
             path = cache.path(video, sample, frames, truth)

@@ -48,7 +48,9 @@ def make_gallery(config: GifConfig) -> list[Path]:
         if truth is not None:
             true = truth.read(video)
             if len(true) < length:  # the sample goes on where the data ends: hold black
-                true = np.concatenate([true, np.zeros((length - len(true), *true.shape[1:]), np.uint8)])
+                true = np.concatenate(
+                    [true, np.zeros((length - len(true), *true.shape[1:]), np.uint8)]
+                )
             videos.insert(0, true)
         is_observed = np.isin(np.arange(length), observed)
         return [add_border(enlarge(np.asarray(v)), is_observed) for v in videos]

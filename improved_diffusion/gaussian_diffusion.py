@@ -66,7 +66,9 @@ class GaussianDiffusion:
         bar_prev = np.append(1.0, bar[:-1])
         posterior_variance = self.betas * (1 - bar_prev) / (1 - bar)  # DDPM Eq. 7
         # The first posterior variance is 0: its logarithm is clipped to the next one.
-        clipped = np.append(posterior_variance[1:2] if len(bar) > 1 else self.betas, posterior_variance[1:])
+        clipped = np.append(
+            posterior_variance[1:2] if len(bar) > 1 else self.betas, posterior_variance[1:]
+        )
         return {
             "sqrt_bar": np.sqrt(bar),
             "sqrt_one_minus_bar": np.sqrt(1 - bar),
@@ -112,17 +114,24 @@ class GaussianDiffusion:
 
     def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The clean frames that `eps` implies."""
-        return self._table("sqrt_recip_bar", t) * x_t - self._table("sqrt_recip_bar_minus_one", t) * eps
+        return (
+            self._table("sqrt_recip_bar", t) * x_t
+            - self._table("sqrt_recip_bar_minus_one", t) * eps
+        )
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """The noise that clean frames `x_start` imply."""
-        return (self._table("sqrt_recip_bar", t) * x_t - x_start) / self._table("sqrt_recip_bar_minus_one", t)
+        return (self._table("sqrt_recip_bar", t) * x_t - x_start) / self._table(
+            "sqrt_recip_bar_minus_one", t
+        )
 
     def scale_timesteps(self, t: Tensor) -> Tensor:
         """Timesteps as the network sees them: 0..1000 whatever their number, with rescaling on."""
         return t.float() * (1000.0 / self.num_timesteps) if self.config.rescale_timesteps else t
 
-    def run_model(self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None) -> Tensor:
+    def run_model(
+        self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None
+    ) -> Tensor:
         """The network's output at x_t, timesteps scaled."""
         return model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
 
@@ -164,13 +173,20 @@ class GaussianDiffusion:
         else:
             variance = self._table("large_variance", t).expand_as(x)
             log_variance = self._table("large_log_variance", t).expand_as(x)
-        pred_xstart = output if self.config.predict_xstart else self.predict_xstart_from_eps(x, t, output)
+        pred_xstart = (
+            output if self.config.predict_xstart else self.predict_xstart_from_eps(x, t, output)
+        )
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+        return {
+            "mean": mean,
+            "variance": variance,
+            "log_variance": log_variance,
+            "pred_xstart": pred_xstart,
+        }
 
     # ------------------------------------------------------------ sampling
 
@@ -258,7 +274,9 @@ class GaussianDiffusion:
             )["sample"]
         return x if latent_mask is None else torch.where(latent_mask > 0, x, model_kwargs["x0"])
 
-    def _countdown(self, batch_size: int, device: torch.device | str, progress: bool) -> Iterator[Tensor]:
+    def _countdown(
+        self, batch_size: int, device: torch.device | str, progress: bool
+    ) -> Iterator[Tensor]:
         """Timesteps [B] from the last to 0."""
         steps: Any = range(self.num_timesteps - 1, -1, -1)
         if progress:
@@ -298,7 +316,9 @@ class GaussianDiffusion:
             # The bound trains the variance alone: the mean is held fixed in it.
             frozen = torch.cat([mean.detach(), variance], dim=2)
             bound = self._vb_from_output(frozen, x_start, x_t, t, False, latent_mask)["output"]
-            terms["vb"] = bound * self.num_timesteps / 1000 if self.config.rescale_learned_sigmas else bound
+            terms["vb"] = (
+                bound * self.num_timesteps / 1000 if self.config.rescale_learned_sigmas else bound
+            )
         prediction = output.chunk(2, dim=2)[0] if self.config.learn_sigma else output
         squared_error = ((x_start if self.config.predict_xstart else noise) - prediction) ** 2
         terms["mse"] = masked_mean(squared_error, latent_mask)
@@ -327,7 +347,13 @@ class GaussianDiffusion:
         return self._vb_from_output(output, x_start, x_t, t, clip_denoised, latent_mask)
 
     def _vb_from_output(
-        self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool, mask: Tensor | None
+        self,
+        output: Tensor,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip: bool,
+        mask: Tensor | None,
     ) -> dict[str, Tensor]:
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self._output_to_distribution(output, x_t, t, clip)
@@ -336,7 +362,10 @@ class GaussianDiffusion:
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
         )
         nats = torch.where((t == 0)[:, None, None, None, None], nll, kl)
-        return {"output": masked_mean(nats, mask) / math.log(2.0), "pred_xstart": out["pred_xstart"]}
+        return {
+            "output": masked_mean(nats, mask) / math.log(2.0),
+            "pred_xstart": out["pred_xstart"],
+        }
 
     def prior_bpd(self, x_start: Tensor, latent_mask: Tensor | None = None) -> Tensor:
         """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: the bound's constant term."""
@@ -377,7 +406,9 @@ class GaussianDiffusion:
             )
             eps = self.predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             columns["vb"].append(out["output"])
-            columns["xstart_mse"].append(masked_mean((out["pred_xstart"] - x_start) ** 2, latent_mask))
+            columns["xstart_mse"].append(
+                masked_mean((out["pred_xstart"] - x_start) ** 2, latent_mask)
+            )
             columns["mse"].append(masked_mean((eps - noise) ** 2, latent_mask))
         terms = {name: torch.stack(values[::-1], dim=1) for name, values in columns.items()}
         prior = self.prior_bpd(x_start, latent_mask)

@@ -21,7 +21,9 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return super().forward(x)
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(
+            x.dtype
+        )
 
     def tokens(self, x: Tensor) -> Tensor:
         """Normalise tokens [N, L, C]; statistics over L and the channels of a group."""

@@ -113,7 +113,9 @@ def parse_checkpoint_name(name: str) -> CheckpointName | None:
 
     Also reads the published code's `model000100.pt` and `ema_0.9999_000100.pt`.
     """
-    match = re.fullmatch(rf"(model|opt|ema_([0-9.eE+-]+?))_?({LATEST}|\d+)\.pt", os.path.basename(name))
+    match = re.fullmatch(
+        rf"(model|opt|ema_([0-9.eE+-]+?))_?({LATEST}|\d+)\.pt", os.path.basename(name)
+    )
     if match is None:
         return None
     kind = "ema" if match[1].startswith("ema") else match[1]
@@ -128,7 +130,9 @@ def checkpoint_dir_subset(checkpoint: str) -> str:
 
     With no such folder: the name of the file's folder.
     """
-    parts = Path(os.path.abspath(checkpoint) if not is_remote(checkpoint) else checkpoint).parts[:-1]
+    parts = Path(os.path.abspath(checkpoint) if not is_remote(checkpoint) else checkpoint).parts[
+        :-1
+    ]
     for position in range(len(parts) - 1, -1, -1):
         if "checkpoint" in parts[position]:
             return "/".join(parts[position + 1 :])
@@ -150,8 +154,15 @@ def results_dir(checkpoint: str, step: int, sampler_suffix: str = "") -> Path:
 
 
 def inference_mode_str(
-    mode: str, max_frames: int, step_size: int, video_length: int, obs_length: int, *,
-    optimal: bool = False, prefix: str = "", sweeps: int | None = None,
+    mode: str,
+    max_frames: int,
+    step_size: int,
+    video_length: int,
+    obs_length: int,
+    *,
+    optimal: bool = False,
+    prefix: str = "",
+    sweeps: int | None = None,
 ) -> str:
     """`[<prefix>]<mode>[_sweeps<n>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`."""
     sweeps_str = "" if sweeps is None else f"_sweeps{sweeps}"

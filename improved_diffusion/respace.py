@@ -62,8 +62,12 @@ class SpacedDiffusion(GaussianDiffusion):
     """
 
     def __init__(self, config: DiffusionConfig):
-        original = np.cumprod(1 - get_named_beta_schedule(config.noise_schedule, config.diffusion_steps))
-        self.timestep_map = np.array(space_timesteps(config.diffusion_steps, config.timestep_respacing))
+        original = np.cumprod(
+            1 - get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+        )
+        self.timestep_map = np.array(
+            space_timesteps(config.diffusion_steps, config.timestep_respacing)
+        )
         kept = original[self.timestep_map]
         super().__init__(1 - kept / np.append(1.0, kept[:-1]), config)
 
@@ -75,5 +79,3 @@ class SpacedDiffusion(GaussianDiffusion):
         if self.config.rescale_timesteps:
             return original.float() * (1000.0 / self.config.diffusion_steps)
         return original
-
-

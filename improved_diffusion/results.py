@@ -45,7 +45,9 @@ def load_video(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path} cannot be read ({error}): delete it and sample it again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete it and sample it again"
+        ) from None
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[1] != 3:
         raise ValueError(f"{path} holds {video.dtype} {video.shape}, not uint8 [T, 3, H, W]")
     return video
@@ -73,7 +75,9 @@ class EvalDir:
         """The training options of the checkpoint; empty where nothing says so."""
         return read_json(self.model_config_path) if self.model_config_path.exists() else {}
 
-    def write_configs(self, model_config: Mapping[str, Any], sample_config: Mapping[str, Any]) -> None:
+    def write_configs(
+        self, model_config: Mapping[str, Any], sample_config: Mapping[str, Any]
+    ) -> None:
         """Store the options, or check that they are those of the samples already here.
 
         Raises ValueError naming the first option that differs.

@@ -17,7 +17,9 @@ def make_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
-def randn(shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu") -> Tensor:
+def randn(
+    shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normals of `shape`, float32, on `device`.
 
     One generator makes the whole tensor; a sequence of them makes one row each (so that a row does

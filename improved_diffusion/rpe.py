@@ -35,7 +35,10 @@ class RPENet(nn.Module):
 
     def forward(self, features: Tensor, time_embedding: Tensor) -> Tensor:
         """[B, T, T, heads, F] for distance features [B, T, T, 3] and time embedding [B, E]."""
-        hidden = self.embed_distances(features) + self.embed_diffusion_time(time_embedding)[:, None, None]
+        hidden = (
+            self.embed_distances(features)
+            + self.embed_diffusion_time(time_embedding)[:, None, None]
+        )
         return self.out(F.silu(hidden)).unflatten(-1, (self.num_heads, -1))
 
 
@@ -72,12 +75,19 @@ class RPEAttention(nn.Module):
         """Each frame over its pixels: [B*T, C, H, W] -> the same, channels-last."""
         normed = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B*T, D, C]
         q, k, v = self._split_heads(self.qkv(normed)).unbind(-3)  # each [B*T, D, heads, F]
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
         result = normed + self.proj_out(out.transpose(1, 2).flatten(2))
         return result.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def temporal(
-        self, x: Tensor, num_frames: int, features: Tensor, time_embedding: Tensor, mask: Tensor | None
+        self,
+        x: Tensor,
+        num_frames: int,
+        features: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Each pixel over the T frames: [B*T, C, H, W] -> the same, channels-last.
 
@@ -101,7 +111,13 @@ class RPEAttention(nn.Module):
         return qkv.unflatten(-1, (3, self.num_heads, -1))
 
     def _attend_with_positions(
-        self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, time_embedding: Tensor, mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        features: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Attention of q, k, v [B, heads, D, T, F] over T with relative position terms.
 
@@ -110,7 +126,8 @@ class RPEAttention(nn.Module):
         """
         # [B, T, T, heads, F] -> [B, heads, i, j, F]
         r_q, r_k, r_v = (
-            rpe(features, time_embedding).permute(0, 3, 1, 2, 4) for rpe in (self.rpe_q, self.rpe_k, self.rpe_v)
+            rpe(features, time_embedding).permute(0, 3, 1, 2, 4)
+            for rpe in (self.rpe_q, self.rpe_k, self.rpe_v)
         )
         scale = q.shape[-1] ** -0.5
         q, k = q * scale**0.5, k * scale**0.5

@@ -94,7 +94,8 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) 
     for key in changed:
         if key in fixed:
             raise ValueError(
-                f"--{key} {new[key]} differs from the checkpoint in {folder}: give --{key} {old[key]}"
+                f"--{key} {new[key]} differs from the checkpoint in {folder}: "
+                f"give --{key} {old[key]}"
             )
         logger.info("--%s was %s before, is %s now", key, old[key], new[key])
 

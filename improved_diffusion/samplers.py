@@ -17,18 +17,37 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
 from improved_diffusion.rng_util import Generators, randn
 
 
-def ddpm(diffusion: GaussianDiffusion, model: Model, shape: tuple[int, ...], *, eta: float, **options: Any) -> Tensor:
+def ddpm(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    shape: tuple[int, ...],
+    *,
+    eta: float,
+    **options: Any,
+) -> Tensor:
     """Ancestral sampling, DDPM (arXiv 2006.11239) Algorithm 2; has no eta."""
     return diffusion.p_sample_loop(model, shape, **options)
 
 
-def ddim(diffusion: GaussianDiffusion, model: Model, shape: tuple[int, ...], *, eta: float, **options: Any) -> Tensor:
+def ddim(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    shape: tuple[int, ...],
+    *,
+    eta: float,
+    **options: Any,
+) -> Tensor:
     """DDIM (arXiv 2010.02502) Eq. 12, with noise eta * sigma."""
     return diffusion.ddim_sample_loop(model, shape, eta=eta, **options)
 
 
 def dpmpp2m(
-    diffusion: GaussianDiffusion, model: Model, shape: tuple[int, ...], *, eta: float, **options: Any
+    diffusion: GaussianDiffusion,
+    model: Model,
+    shape: tuple[int, ...],
+    *,
+    eta: float,
+    **options: Any,
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095) Algorithm 2: one network call per step."""
     flow = ProbabilityFlow(diffusion, model, shape, **options)
@@ -46,7 +65,14 @@ def dpmpp2m(
     return flow.finish(x)
 
 
-def heun(diffusion: GaussianDiffusion, model: Model, shape: tuple[int, ...], *, eta: float, **options: Any) -> Tensor:
+def heun(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    shape: tuple[int, ...],
+    *,
+    eta: float,
+    **options: Any,
+) -> Tensor:
     """EDM's second-order sampler (arXiv 2206.00364, Algorithm 1): two calls a step, one in the last."""
     flow = ProbabilityFlow(diffusion, model, shape, **options)
     x = flow.start
@@ -85,7 +111,9 @@ class ProbabilityFlow:
         self.diffusion, self.model, self.progress = diffusion, model, progress
         self.model_kwargs, self.clip_denoised = model_kwargs, clip_denoised
         self.sqrt_bar = np.sqrt(diffusion.alphas_cumprod)
-        self.log_sigma = 0.5 * (np.log1p(-diffusion.alphas_cumprod) - np.log(diffusion.alphas_cumprod))
+        self.log_sigma = 0.5 * (
+            np.log1p(-diffusion.alphas_cumprod) - np.log(diffusion.alphas_cumprod)
+        )
         self.sigma = np.exp(self.log_sigma)
         x0: Tensor = model_kwargs["x0"]
         noise = randn(shape, generator, x0.device) if noise is None else noise.to(x0.device)
@@ -117,4 +145,9 @@ class ProbabilityFlow:
         return torch.where(self.model_kwargs["latent_mask"] > 0, x, self.model_kwargs["x0"])
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp2m": dpmpp2m, "heun": heun}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp2m": dpmpp2m,
+    "heun": heun,
+}

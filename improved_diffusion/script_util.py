@@ -61,7 +61,10 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     if not required and item.default not in (None, ""):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         help_text += f" [{shown}]"
-    options: dict[str, Any] = {"help": help_text, "type": meta.get("item_type") or _value_type(hint)}
+    options: dict[str, Any] = {
+        "help": help_text,
+        "type": meta.get("item_type") or _value_type(hint),
+    }
     options |= {"required": True} if required else {"default": item.default}
     if meta.get("choices"):
         options["choices"] = meta["choices"]
@@ -94,7 +97,10 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except USER_ERRORS as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
         dist_util.abort(1)
     except (Exception, KeyboardInterrupt):
         import traceback
@@ -160,7 +166,9 @@ def load_model(path: str, device: str = "cpu") -> tuple[UNetVideoModel, dict[str
         model.load_state_dict(checkpoint.state_dict)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
-        raise ValueError(f"{path}: the weights do not fit the network of its config: {first}") from None
+        raise ValueError(
+            f"{path}: the weights do not fit the network of its config: {first}"
+        ) from None
     return model.to(device).eval(), checkpoint.config, checkpoint.step
 
 
@@ -181,7 +189,9 @@ def resolve_indices(
     if indices is not None:
         for index in indices:
             if not 0 <= index < num_videos:
-                raise ValueError(f"--indices {index}: the data set has videos 0 to {num_videos - 1}")
+                raise ValueError(
+                    f"--indices {index}: the data set has videos 0 to {num_videos - 1}"
+                )
         chosen = list(dict.fromkeys(indices))
     elif subset_size is not None:
         if not 1 <= subset_size <= num_videos:
@@ -193,5 +203,7 @@ def resolve_indices(
     if task is None:
         return chosen
     if not task.isdigit():
-        raise ValueError(f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index")
+        raise ValueError(
+            f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
+        )
     return chosen[int(task) * batch_size : (int(task) + 1) * batch_size]

@@ -1,7 +1,8 @@
 """The training loop: data, timesteps, gradients, averages, checkpoints, and samples to look at.
 
-Everything random in a step is a function of (seed, position, rank), where the position is the number
-of training items that all ranks together have consumed. So a resumed run repeats an unbroken one.
+Everything random in a step is a function of (seed, position, rank), where the position is the
+number of training items that all ranks together have consumed. So a resumed run repeats an unbroken
+one.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ class TrainLoop:
         return batch
 
     def _forward_backward(self, batch: Batch, t: Tensor, weights: Tensor) -> Batch:
-        """Gradients of the batch's mean loss, one microbatch after the other; returns its terms [B]."""
+        """Gradients of the batch's mean loss, microbatch by microbatch; returns its terms [B]."""
         batch_size = len(t)
         size = self.config.microbatch if self.config.microbatch > 0 else batch_size
         noise = torch.randn_like(batch["x0"])
@@ -268,7 +269,7 @@ class TrainLoop:
         return fp16_util.autocast(self.device, precision=config.precision, use_fp16=config.use_fp16)
 
     def _grad_norm(self) -> float:
-        """The gradient's norm over all parameters; takes the loss scale out of the gradients first."""
+        """The norm of the whole gradient; takes the loss scale out of it first."""
         grads = [param.grad for param in self.params.values() if param.grad is not None]
         if self.loss_scale is not None:
             torch._foreach_mul_(grads, 1.0 / self.loss_scale.value)
@@ -292,7 +293,8 @@ class TrainLoop:
         self._bad_steps += 1
         pairs = zip(losses, t.tolist(), strict=True)
         shown = ", ".join(f"{loss:.4g} at timestep {step}" for loss, step in pairs)
-        message = f"step {self.step}, rank {dist_util.rank()}: loss {shown}; gradient norm {grad_norm:.4g}"
+        where = f"step {self.step}, rank {dist_util.rank()}"
+        message = f"{where}: loss {shown}; gradient norm {grad_norm:.4g}"
         logger.warning("%s: update skipped", message)
         if self._bad_steps >= MAX_BAD_STEPS:
             raise ValueError(

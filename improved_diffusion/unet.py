@@ -39,7 +39,9 @@ class FrameContext:
 class ResBlock(nn.Module):
     """Two convolutions with norms, told the diffusion timestep, added to the (projected) input."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, config: ModelConfig):
+    def __init__(
+        self, in_channels: int, out_channels: int, time_embed_dim: int, config: ModelConfig
+    ):
         super().__init__()
         self.use_scale_shift_norm = config.use_scale_shift_norm
         emb_channels = out_channels * (2 if config.use_scale_shift_norm else 1)
@@ -54,7 +56,9 @@ class ResBlock(nn.Module):
             zero_module(conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, context: FrameContext) -> Tensor:
@@ -190,7 +194,9 @@ class UNetVideoModel(nn.Module):
     ) -> nn.ModuleList:
         """The stages up; each takes the previous one's output beside one skip."""
         config = self.config
-        num_heads = config.num_heads if config.num_heads_upsample == -1 else config.num_heads_upsample
+        num_heads = (
+            config.num_heads if config.num_heads_upsample == -1 else config.num_heads_upsample
+        )
         skips = list(skips)
         width = widths[-1]
         stages = []

@@ -57,17 +57,23 @@ class SampleSettings:
     max_frames: int
 
     @classmethod
-    def resolve(cls, options: SampleConfig, model_config: dict[str, Any], step: int) -> SampleSettings:
+    def resolve(
+        cls, options: SampleConfig, model_config: dict[str, Any], step: int
+    ) -> SampleSettings:
         """Fill in defaults and check sizes. Raises ValueError for a user's mistake."""
         dataset = options.override_dataset or model_config.get("dataset", "")
         if not dataset:
-            raise ValueError(f"{options.checkpoint_path} names no data set: give --override_dataset")
+            raise ValueError(
+                f"{options.checkpoint_path} names no data set: give --override_dataset"
+            )
         image_size = model_config["image_size"]
         T = options.T or dataset_spec(dataset, image_size=image_size).T
         trained = model_config.get("max_frames")
         max_frames = options.max_frames or trained
         if max_frames is None:
-            raise ValueError(f"{options.checkpoint_path} does not say its max_frames: give --max_frames")
+            raise ValueError(
+                f"{options.checkpoint_path} does not say its max_frames: give --max_frames"
+            )
         if trained is not None and max_frames > trained:
             logger.warning("--max_frames %d is more than the %d trained with", max_frames, trained)
         return cls(options, model_config, step, dataset, image_size, T, max_frames)
@@ -155,7 +161,12 @@ class VideoSampler:
             for count in sorted(set(counts)):  # the network gets real frames only: no padding
                 rows = [row for row, its_count in enumerate(counts) if its_count == count]
                 self._sample_stage(
-                    videos, rows, [observed[r] for r in rows], [latent[r] for r in rows], jobs, stage
+                    videos,
+                    rows,
+                    [observed[r] for r in rows],
+                    [latent[r] for r in rows],
+                    jobs,
+                    stage,
                 )
             if isinstance(progress, tqdm):
                 progress.update(sum(map(len, latent)))
@@ -194,7 +205,11 @@ class VideoSampler:
         videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
 
     def _run_sampler(
-        self, shape: tuple[int, ...], *, model_kwargs: dict[str, Tensor], generators: list[torch.Generator]
+        self,
+        shape: tuple[int, ...],
+        *,
+        model_kwargs: dict[str, Tensor],
+        generators: list[torch.Generator],
     ) -> Tensor:
         options = self.settings.options
 
@@ -257,7 +272,10 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
         _visualise(settings)
         return EvalDir(settings.eval_dir)
     test_set = get_test_dataset(
-        settings.dataset, T=settings.T, image_size=settings.image_size, partition=options.dataset_partition
+        settings.dataset,
+        T=settings.T,
+        image_size=settings.image_size,
+        partition=options.dataset_partition,
     )
     eval_dir = EvalDir(settings.eval_dir)
     jobs = missing_jobs(settings, eval_dir, len(test_set))
@@ -316,7 +334,11 @@ def _sample_jobs(
     if jobs:
         logger.info(
             "sampled %d frames in %.1f s: %.2f frames/s, %d network calls, peak memory %.2f GB",
-            frames, seconds, frames / seconds, sampler.network_calls, dist_util.peak_memory_gb(sampler.device),
+            frames,
+            seconds,
+            frames / seconds,
+            sampler.network_calls,
+            dist_util.peak_memory_gb(sampler.device),
         )
 
 

@@ -10,9 +10,9 @@ from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 EPILOG = """\
-Writes to checkpoints/<run id>/ (root: DIFFUSION_BLOB_LOGDIR): model_<step>.pt, ema_<rate>_<step>.pt,
-opt_<step>.pt and *_latest.pt, progress.csv, samples/. The run id is also the one at wandb
-(WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
+Writes to checkpoints/<run id>/ (root: DIFFUSION_BLOB_LOGDIR): model_<step>.pt,
+ema_<rate>_<step>.pt, opt_<step>.pt and *_latest.pt, progress.csv, samples/. The run id is also the
+one at wandb (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
 
 SIGTERM, SIGINT or SIGUSR1 at any one rank: all ranks finish the step, save, and exit with code 75;
 --resume_id goes on from there. Exit code 1: an error, told in one line; 0: all steps done.

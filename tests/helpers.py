@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from golden_fill import weights
 
 ROOT = Path(__file__).parent.parent
@@ -18,10 +19,14 @@ def run_script(name: str, *args: object, cwd: Path, env: dict[str, str] | None =
     """Run scripts/<name> as a user types it; returns the finished process with its text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | (env or {})
     command = [*launcher, sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
-def make_folder_dataset(folder: Path, *, num_train: int = 3, num_test: int = 4, T: int = 8, size: int = 32) -> Path:
+def make_folder_dataset(
+    folder: Path, *, num_train: int = 3, num_test: int = 4, T: int = 8, size: int = 32
+) -> Path:
     """A folder data set of smooth random videos, .npy [T, size, size, 3]."""
     rng = np.random.default_rng(0)
     for partition, number in (("train", num_train), ("test", num_test)):
@@ -29,7 +34,10 @@ def make_folder_dataset(folder: Path, *, num_train: int = 3, num_test: int = 4, 
         for index in range(number):
             start = rng.integers(0, 255, (1, 4, 4, 3))
             frames = np.clip(start + 3 * np.arange(T)[:, None, None, None], 0, 255).astype(np.uint8)
-            np.save(folder / partition / f"{index}.npy", frames.repeat(size // 4, 1).repeat(size // 4, 2))
+            np.save(
+                folder / partition / f"{index}.npy",
+                frames.repeat(size // 4, 1).repeat(size // 4, 2),
+            )
     return folder
 
 
@@ -44,7 +52,9 @@ def make_checkpoint(path: Path, dataset: Path | str, **options: object) -> Path:
     The config has keys that only the published code knows, and lacks most of ours.
     """
     case = golden_case("small32")
-    state = {name: torch.from_numpy(value) for name, value in weights(case["state_dict_shapes"]).items()}
+    state = {
+        name: torch.from_numpy(value) for name, value in weights(case["state_dict_shapes"]).items()
+    }
     config = case["args"] | {
         "diffusion_steps": 3,
         "noise_schedule": "cosine",

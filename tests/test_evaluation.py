@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_folder_dataset, run_script
-
 from improved_diffusion import evaluation, metrics
 from improved_diffusion.config import EvalConfig
 from improved_diffusion.results import EvalDir
+
+from helpers import make_folder_dataset, run_script
 
 T, OBSERVED = 8, 3
 
@@ -22,8 +22,13 @@ def eval_dir(tmp_path) -> EvalDir:
     directory = EvalDir(tmp_path / "results/autoreg")
     directory.write_configs(
         {"image_size": 32, "dataset": str(dataset)},
-        {"T": T, "obs_length": OBSERVED, "observed_frames": [0, 1, 2], "dataset": str(dataset),
-         "dataset_partition": "test"},
+        {
+            "T": T,
+            "obs_length": OBSERVED,
+            "observed_frames": [0, 1, 2],
+            "dataset": str(dataset),
+            "dataset_partition": "test",
+        },
     )
     for video in range(3):
         for sample in range(2):
@@ -59,7 +64,9 @@ def test_the_pickle_has_the_documented_name_and_shape(eval_dir, tmp_path):
     assert beside["metrics"]["psnr"]["mean"] == pytest.approx(table["psnr"].mean())
 
 
-def test_a_second_run_computes_nothing_and_a_new_sample_only_itself(eval_dir, tmp_path, monkeypatch):
+def test_a_second_run_computes_nothing_and_a_new_sample_only_itself(
+    eval_dir, tmp_path, monkeypatch
+):
     calls = []
 
     def counting(samples, truth):
@@ -96,11 +103,14 @@ def test_obs_length_can_be_given(eval_dir):
     assert evaluate(eval_dir, obs_length=5)["psnr"].shape == (3, 2, 3)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"num_samples": 3}, "3 asked for"),
-    ({"modes": ("psnrr",)}, "psnrr.*psnr, ssim"),
-    ({"dataset": "nowhere"}, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_samples": 3}, "3 asked for"),
+        ({"modes": ("psnrr",)}, "psnrr.*psnr, ssim"),
+        ({"dataset": "nowhere"}, "nowhere"),
+    ],
+)
 def test_mistakes_are_named(eval_dir, options, words):
     with pytest.raises(ValueError, match=words):
         evaluate(eval_dir, **options)

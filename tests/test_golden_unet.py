@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_fill import array, weights
-
 from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+from golden_fill import array, weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "unet.json").read_text())}
@@ -20,7 +20,9 @@ class Setup:
 
     def __init__(self, name: str, **overrides):
         self.case = case = CASES[name]
-        options = {k: v for k, v in case["args"].items() if k in model_and_diffusion_defaults()} | overrides
+        options = {
+            k: v for k, v in case["args"].items() if k in model_and_diffusion_defaults()
+        } | overrides
         self.model, self.diffusion = create_model_and_diffusion(**options)
         loaded = {k: torch.from_numpy(v) for k, v in weights(case["state_dict_shapes"]).items()}
         self.model.load_state_dict(loaded, strict=True)
@@ -69,7 +71,9 @@ def test_forward_equals_the_published_network(setup):
 
 def test_denoising_distribution_equals_the_published_one(setup):
     with torch.no_grad():
-        out = setup.diffusion.p_mean_variance(setup.model, setup.x, setup.t, model_kwargs=setup.kwargs)
+        out = setup.diffusion.p_mean_variance(
+            setup.model, setup.x, setup.t, model_kwargs=setup.kwargs
+        )
     if setup.case["name"] == "sigma32":  # the published code splits the wrong axis there
         assert out["mean"].shape == out["variance"].shape == setup.x.shape
         return
@@ -89,7 +93,12 @@ def test_losses_bounds_and_noising_equal_the_published_ones():
             losses = setup.losses()
             x_t = setup.diffusion.q_sample(setup.x0, setup.t, setup.noise)
             vb = setup.diffusion.vb_terms_bpd(
-                setup.model, setup.x0, x_t, setup.t, model_kwargs=setup.kwargs, latent_mask=setup.lat
+                setup.model,
+                setup.x0,
+                x_t,
+                setup.t,
+                model_kwargs=setup.kwargs,
+                latent_mask=setup.lat,
             )
         assert_golden(x_t, setup, "q_sample")
         for key in ("mse", "eval-mse", "loss"):

@@ -65,7 +65,8 @@ def test_disabled_wandb_is_not_even_imported(tmp_path):
 
 def test_without_login_and_mode_wandb_goes_offline_under_the_runs_id(tmp_path):
     code = (
-        "import logging; logging.basicConfig(level=20); from improved_diffusion.logger import RunLogger;"
+        "import logging; logging.basicConfig(level=20);"
+        "from improved_diffusion.logger import RunLogger;"
         f"log = RunLogger({str(tmp_path)!r}, 'some/where/ab12cd34', {{'lr': 1}}, 0);"
         "log.add('loss', 1.0); log.dump(1); log.close()"
     )

@@ -1,4 +1,4 @@
-"""Training from end to end: alone, over ranks, stopped and resumed, and with everything that can go wrong."""
+"""Training from end to end: alone, over ranks, stopped and resumed, and when things go wrong."""
 
 import contextlib
 import csv

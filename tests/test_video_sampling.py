@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_checkpoint, make_folder_dataset, run_script
-
 from improved_diffusion import paths
 from improved_diffusion.config import SampleConfig
 from improved_diffusion.results import EvalDir, load_video
 from improved_diffusion.video_sampling import sample_dataset
+
+from helpers import make_checkpoint, make_folder_dataset, run_script
 
 T = 8
 
@@ -70,7 +70,9 @@ def test_the_seed_changes_the_samples_and_a_folder_keeps_to_one(checkpoint):
     assert (load(first, 0) != load(other, 0)).mean() > 0.1
 
 
-def test_array_tasks_make_one_batch_each_and_end_quietly_past_the_last(checkpoint, monkeypatch, caplog):
+def test_array_tasks_make_one_batch_each_and_end_quietly_past_the_last(
+    checkpoint, monkeypatch, caplog
+):
     caplog.set_level("INFO")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     eval_dir = sample(checkpoint, indices=None, batch_size=3)
@@ -82,7 +84,9 @@ def test_array_tasks_make_one_batch_each_and_end_quietly_past_the_last(checkpoin
 
 def test_a_subset_is_the_same_for_every_seed_and_sample(checkpoint):
     a = sample(checkpoint, indices=None, subset_size=2, eval_dir="a").samples()
-    b = sample(checkpoint, indices=None, subset_size=2, seed=3, sample_idx=1, eval_dir="b").samples()
+    b = sample(
+        checkpoint, indices=None, subset_size=2, seed=3, sample_idx=1, eval_dir="b"
+    ).samples()
     c = sample(checkpoint, indices=None, subset_size=3, eval_dir="c").samples()
     assert set(a) == set(b) < set(c) and len(a) == 2
 
@@ -98,12 +102,15 @@ def test_finished_samples_are_skipped_and_broken_ones_made_again(checkpoint):
     assert_same_video(load(eval_dir, 2), before)
 
 
-@pytest.mark.parametrize("options, suffix", [
-    ({"use_ddim": True}, "_ddim"),
-    ({"use_ddim": True, "eta": 0.5}, "_ddim_eta0.5"),
-    ({"sampler": "dpmpp2m", "timestep_respacing": "2"}, "_dpmpp2m_respace2"),
-    ({"sampler": "heun"}, "_heun"),
-])
+@pytest.mark.parametrize(
+    "options, suffix",
+    [
+        ({"use_ddim": True}, "_ddim"),
+        ({"use_ddim": True, "eta": 0.5}, "_ddim_eta0.5"),
+        ({"sampler": "dpmpp2m", "timestep_respacing": "2"}, "_dpmpp2m_respace2"),
+        ({"sampler": "heun"}, "_heun"),
+    ],
+)
 def test_samplers_differ_in_folder_and_frames(checkpoint, options, suffix):
     ddpm = sample(checkpoint, indices=(0,))
     other = sample(checkpoint, indices=(0,), **options)
@@ -115,7 +122,6 @@ def test_samplers_differ_in_folder_and_frames(checkpoint, options, suffix):
 def test_ddim_is_deterministic_given_its_first_noise(checkpoint):
     """With eta 0 only the start is random: the noise of the later steps must not matter."""
     import torch
-
     from improved_diffusion.rng_util import make_generator
     from improved_diffusion.script_util import create_diffusion, load_model
     from improved_diffusion.video_sampling import DiffusionConfig
@@ -124,11 +130,23 @@ def test_ddim_is_deterministic_given_its_first_noise(checkpoint):
     diffusion = create_diffusion(DiffusionConfig(diffusion_steps=3, noise_schedule="cosine"))
     x0 = torch.zeros(1, 3, 3, 32, 32)
     obs = torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1, 1)
-    kwargs = {"x0": x0, "obs_mask": obs, "latent_mask": 1 - obs, "frame_indices": torch.arange(3)[None]}
+    kwargs = {
+        "x0": x0,
+        "obs_mask": obs,
+        "latent_mask": 1 - obs,
+        "frame_indices": torch.arange(3)[None],
+    }
     noise = torch.randn(x0.shape, generator=make_generator(5))
 
     def run(loop, key, **options):
-        return loop(model, x0.shape, model_kwargs=kwargs, noise=noise, generator=make_generator(key), **options)
+        return loop(
+            model,
+            x0.shape,
+            model_kwargs=kwargs,
+            noise=noise,
+            generator=make_generator(key),
+            **options,
+        )
 
     assert torch.equal(run(diffusion.ddim_sample_loop, 1), run(diffusion.ddim_sample_loop, 2))
     assert not torch.equal(run(diffusion.p_sample_loop, 1), run(diffusion.p_sample_loop, 2))
@@ -141,7 +159,15 @@ def test_videos_may_be_longer_than_the_data(checkpoint, caplog):
     assert load(eval_dir, 0).shape[0] == 12
     assert "videos of 12 frames continue data of 8 frames" in caplog.text
     with pytest.raises(ValueError, match="goal frames"):
-        sample(checkpoint, T=12, indices=(0,), max_frames=8, step_size=2, obs_length=3, inference_mode="goal-directed-autoreg")
+        sample(
+            checkpoint,
+            T=12,
+            indices=(0,),
+            max_frames=8,
+            step_size=2,
+            obs_length=3,
+            inference_mode="goal-directed-autoreg",
+        )
 
 
 def test_clipping_and_precision_change_what_is_computed(checkpoint):
@@ -160,27 +186,33 @@ def test_the_schedule_is_drawn_without_sampling(checkpoint):
     assert not (eval_dir.path / "samples").exists()
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"inference_mode": "autoregg"}, "autoregg.*autoreg, long-range"),
-    ({"obs_length": 8}, "--obs_length 8"),
-    ({"step_size": 4}, "--step_size 4.*--max_frames 4"),
-    ({"indices": (4,)}, "--indices 4.*0 to 3"),
-    ({"indices": None, "subset_size": 9}, "--subset_size 9.*4 videos"),
-    ({"override_dataset": "nowhere"}, "nowhere.*bouncy_balls"),
-    ({"timestep_respacing": "9"}, "9 timesteps"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"inference_mode": "autoregg"}, "autoregg.*autoreg, long-range"),
+        ({"obs_length": 8}, "--obs_length 8"),
+        ({"step_size": 4}, "--step_size 4.*--max_frames 4"),
+        ({"indices": (4,)}, "--indices 4.*0 to 3"),
+        ({"indices": None, "subset_size": 9}, "--subset_size 9.*4 videos"),
+        ({"override_dataset": "nowhere"}, "nowhere.*bouncy_balls"),
+        ({"timestep_respacing": "9"}, "9 timesteps"),
+    ],
+)
 def test_mistakes_are_named_and_nothing_is_written(checkpoint, options, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         sample(checkpoint, **options)
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"subset_size": 1, "indices": (1,)}, "--subset_size and --indices"),
-    ({"use_ddim": True, "sampler": "heun"}, "--use_ddim True and --sampler heun"),
-    ({"eta": 0.5}, "--eta 0.5"),
-    ({"step_size": 0}, "--step_size 0"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"subset_size": 1, "indices": (1,)}, "--subset_size and --indices"),
+        ({"use_ddim": True, "sampler": "heun"}, "--use_ddim True and --sampler heun"),
+        ({"eta": 0.5}, "--eta 0.5"),
+        ({"step_size": 0}, "--step_size 0"),
+    ],
+)
 def test_contradicting_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         SampleConfig(checkpoint_path="x", inference_mode="autoreg", **options)
@@ -189,7 +221,11 @@ def test_contradicting_options_are_refused(options, words):
 def test_the_script_turns_a_mistake_into_one_line(tmp_path):
     done = run_script("video_sample.py", "missing.pt", "--inference_mode", "autoreg", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "missing.pt" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "missing.pt" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_truncated_or_foreign_checkpoint_is_named(checkpoint, tmp_path):
@@ -204,9 +240,22 @@ def test_the_documented_array_job_command_works(checkpoint, tmp_path):
     """The user's command for several machines, two sample indices, one array task."""
     for index in ("0", "1"):
         done = run_script(
-            "video_sample.py", checkpoint, "--batch_size", "2", "--inference_mode", "autoreg",
-            "--step_size", "2", "--T", "6", "--obs_length", "4", "--sample_idx", index,
-            cwd=tmp_path, env={"SLURM_ARRAY_TASK_ID": "1"},
+            "video_sample.py",
+            checkpoint,
+            "--batch_size",
+            "2",
+            "--inference_mode",
+            "autoreg",
+            "--step_size",
+            "2",
+            "--T",
+            "6",
+            "--obs_length",
+            "4",
+            "--sample_idx",
+            index,
+            cwd=tmp_path,
+            env={"SLURM_ARRAY_TASK_ID": "1"},
         )
         assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in tmp_path.glob("results/**/samples/*.npy"))

@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: a data set made on the spot, loops in process, commands as typed."""
+"""Tiny training runs for tests: a videos made on the spot, loops in process, commands as typed."""
 
 from __future__ import annotations
 

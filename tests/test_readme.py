@@ -1,0 +1,53 @@
+"""What README shows works: its commands parse, its example class runs, its set-up is what CI does."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+COMMAND = re.compile(r"python (scripts/\w+\.py)((?: +[^;&\n\"]+)?)")
+COMMANDS = [match for block in BLOCKS for match in COMMAND.findall(block.replace("\\\n", " "))]
+
+
+def load_script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script, arguments", COMMANDS)
+def test_commands_parse(script, arguments):
+    words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", arguments))
+    load_script(script).create_argparser().parse_args(words)
+
+
+def test_every_script_is_shown_and_short():
+    shown = {script for script, _ in COMMANDS}
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert f"scripts/{path.name}" in shown, f"README shows no command of {path.name}"
+        assert len(path.read_text().splitlines()) < 80
+
+
+def test_ci_does_what_the_set_up_says():
+    ci = (ROOT / ".ci/run").read_text()
+    install, test = BLOCKS[1].strip().split(" && ")
+    assert install in ci.splitlines() and test in ci.splitlines()
+
+
+def test_the_example_inference_mode_runs_as_pasted():
+    from improved_diffusion import inference_utils
+
+    example = re.search(r"```python\n(class Autoregressive.*?)```", README, flags=re.S)[1]
+    scope = {"InferenceStrategyBase": inference_utils.InferenceStrategyBase}
+    exec(example, scope)
+    ours = inference_utils.create_strategy(
+        "autoreg", video_length=50, num_obs=6, max_frames=10, step_size=4
+    )
+    pasted = scope["Autoregressive"](50, 6, 10, 4)
+    assert [tuple(map(list, step)) for step in pasted] == [tuple(map(list, step)) for step in ours]
