@@ -205,6 +205,12 @@ class SampleConfig:
     clip_denoised: bool = option(True, "clip predicted clean frames to the range of pixels")
     dataset_partition: str = option("test", "which videos to observe", choices=("test", "train"))
     override_dataset: str = option("", "sample another data set than the model was trained on")
+    obs_video: str = option("", "observe the start of this video file instead of a test video")
+    gibbs_sweeps: int = option(1, "gibbs: sweeps over the video after the first pass")
+    distance: str = option(
+        "lpips", "adaptive strategies: distance between frames", choices=("lpips", "l2")
+    )
+    status: bool = option(False, "print what is missing, sample nothing", flag=True)
     just_visualise: bool = option(
         False, "draw the schedule to a PNG file, sample nothing", flag=True
     )
@@ -217,6 +223,8 @@ class SampleConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.subset_size is not None and self.indices is not None:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
+        if self.obs_video and (self.indices is not None or self.subset_size is not None):
+            raise ValueError("--obs_video is one video: leave out --indices and --subset_size")
         if self.sample_idx is not None and self.sample_idx < 0:
             raise ValueError(f"--sample_idx {self.sample_idx}: must not be negative")
         if self.use_ddim and self.sampler not in ("", "ddim"):
@@ -289,3 +297,20 @@ class DemoConfig:
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
     num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The search for an optimal schedule (optimal_schedule.py), beyond the options of sampling."""
+
+    num_videos: int = option(10, "training videos to average over")
+    num_timesteps: int = option(10, "diffusion timesteps to average over, an even grid")
+    start_from: str = option(
+        "nothing", "observed frames to start from in each step", choices=("nothing", "nearest")
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("num_videos", "num_timesteps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")

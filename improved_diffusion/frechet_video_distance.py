@@ -42,8 +42,9 @@ def frechet_distance(
 
     Args: float arrays [n, d] and [m, d], n and m at least 2; `backend` "tensorflow" leaves the
     work to tensorflow-gan, "torch" does it here in float64. Covariances are unbiased. Raises
-    ValueError for other arrays or back ends. Source: Dowson and Landau 1982, Eq. 4; tr((S1 S2)^(1/2)) is the
-    nuclear norm of A B^T for centred features A, B over sqrt(n - 1), sqrt(m - 1).
+    ValueError for other arrays or back ends. Source: Dowson and Landau 1982, Eq. 4; here
+    tr((S1 S2)^(1/2)) is the nuclear norm of A B^T for centred features A, B over sqrt(n - 1),
+    sqrt(m - 1).
     """
     _check_backend(backend)
     features_1, features_2 = _checked(features_1, features_2)
@@ -226,9 +227,10 @@ def _load_torch(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tens
         return functools.partial(script, rescale=False, resize=False, return_features=True)
     from improved_diffusion.i3d import I3D
 
-    network = I3D()
+    with torch.device("meta"):  # nothing to initialise: no random numbers are drawn
+        network = I3D()
     try:
-        network.load_state_dict(load_tensors(path))
+        network.load_state_dict(load_tensors(path), assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} does not hold I3D ({reason}): {MEND}") from None

@@ -180,6 +180,11 @@ def sample_path(eval_dir: Path, video: int, sample: int) -> Path:
     return eval_dir / "samples" / f"{sample_name(video, sample)}.npy"
 
 
+def partial_path(eval_dir: Path, video: int, sample: int) -> Path:
+    """What is kept of a video that is not finished yet."""
+    return eval_dir / "partial" / f"{sample_name(video, sample)}.npz"
+
+
 def parse_sample_name(name: str) -> tuple[int, int] | None:
     """(video, sample) of a sample's file name; None for any other file."""
     match = re.fullmatch(r"sample_(\d+)-(\d+)\.npy", os.path.basename(name))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,26 @@ class EvalDir:
         """Write one sampled video, uint8 [T, 3, H, W], atomically."""
         with paths.atomic_write(paths.sample_path(self.path, video, sample)) as file:
             np.save(file, frames)
+
+    def save_partial(self, video: int, sample: int, frames: np.ndarray, stages: int) -> None:
+        """Keep a video of which `stages` inference steps are made, uint8 [T, 3, H, W]."""
+        with paths.atomic_write(paths.partial_path(self.path, video, sample)) as file:
+            np.savez(file, frames=frames, stages=stages)
+
+    def load_partial(self, video: int, sample: int) -> tuple[int, np.ndarray | None]:
+        """(inference steps made, frames) of an unfinished video; (0, None) where none is kept."""
+        try:
+            with np.load(paths.partial_path(self.path, video, sample), allow_pickle=False) as kept:
+                return int(kept["stages"]), kept["frames"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return 0, None
+
+    def drop_partial(self, video: int, sample: int) -> None:
+        """Forget the unfinished video, now that it is finished."""
+        path = paths.partial_path(self.path, video, sample)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty yet
+            path.parent.rmdir()
 
     def samples(self) -> dict[int, list[int]]:
         """{video index: sorted sample indices}. Raises FileNotFoundError where there are none."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from improved_diffusion.config import DiffusionConfig, ModelConfig, defaults
 
 if TYPE_CHECKING:
+    from improved_diffusion.checkpoints import WeightsFile
     from improved_diffusion.respace import SpacedDiffusion
     from improved_diffusion.unet import UNetVideoModel
 
@@ -160,29 +161,33 @@ def load_model(path: str, device: str = "cpu") -> tuple[UNetVideoModel, dict[str
     """
     from improved_diffusion.checkpoints import load_weights
 
-    checkpoint = load_weights(path)
-    model = create_model(config_from_args(ModelConfig, checkpoint.config))
+    weights = load_weights(path)
+    return build_model(weights, path, device), weights.config, weights.step
+
+
+def build_model(weights: WeightsFile, path: str, device: str) -> UNetVideoModel:
+    """The network of a checkpoint's config with its weights, in eval mode on `device`.
+
+    Raises ValueError naming `path` where the weights do not fit the config.
+    """
+    model = create_model(config_from_args(ModelConfig, weights.config))
     try:
-        model.load_state_dict(checkpoint.state_dict)
+        model.load_state_dict(weights.state_dict)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
         raise ValueError(
             f"{path}: the weights do not fit the network of its config: {first}"
         ) from None
-    return model.to(device).eval(), checkpoint.config, checkpoint.step
+    return model.to(device).eval()
 
 
-def resolve_indices(
-    num_videos: int,
-    *,
-    indices: Sequence[int] | None,
-    subset_size: int | None,
-    batch_size: int,
+def choose_videos(
+    num_videos: int, *, indices: Sequence[int] | None, subset_size: int | None
 ) -> list[int]:
-    """The videos that this process works on, in order.
+    """The videos that --indices or --subset_size choose of a data set, in order.
 
-    `subset_size` takes the first of one fixed permutation. With SLURM_ARRAY_TASK_ID=i only the
-    i-th batch of what is chosen; empty past the end. Raises ValueError for an index out of range.
+    `subset_size` takes the first of one fixed permutation, the same for every run. Raises
+    ValueError for an index or a size out of range.
     """
     import numpy as np
 
@@ -192,18 +197,21 @@ def resolve_indices(
                 raise ValueError(
                     f"--indices {index}: the data set has videos 0 to {num_videos - 1}"
                 )
-        chosen = list(dict.fromkeys(indices))
-    elif subset_size is not None:
+        return list(dict.fromkeys(indices))
+    if subset_size is not None:
         if not 1 <= subset_size <= num_videos:
             raise ValueError(f"--subset_size {subset_size}: the data set has {num_videos} videos")
-        chosen = [int(i) for i in np.random.RandomState(0).permutation(num_videos)[:subset_size]]
-    else:
-        chosen = list(range(num_videos))
+        return [int(i) for i in np.random.RandomState(0).permutation(num_videos)[:subset_size]]
+    return list(range(num_videos))
+
+
+def array_task() -> int | None:
+    """SLURM_ARRAY_TASK_ID, or None outside of array jobs; ValueError where it is no number."""
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is None:
-        return chosen
+        return None
     if not task.isdigit():
         raise ValueError(
             f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
         )
-    return chosen[int(task) * batch_size : (int(task) + 1) * batch_size]
+    return int(task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,20 +19,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from improved_diffusion import dist_util, paths
+from improved_diffusion.checkpoints import load_weights
 from improved_diffusion.config import DiffusionConfig, SampleConfig
 from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
 from improved_diffusion.results import EvalDir
 from improved_diffusion.rng_util import make_generator
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.script_util import (
+    array_task,
+    build_model,
+    choose_videos,
     config_from_args,
     create_diffusion,
     default_device,
-    load_model,
-    resolve_indices,
 )
 from improved_diffusion.video_datasets import VideoTestSet, dataset_spec, get_test_dataset
-from improved_diffusion.video_io import to_uint8
+from improved_diffusion.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,15 @@ class SampleSettings:
             max_frames=self.max_frames,
             step_size=self.options.step_size,
             optimal_schedule_path=schedule,
+            gibbs_sweeps=self.options.gibbs_sweeps,
+            distance=self.options.distance,
+            embed=self._embed,
         )
+
+    def _embed(self, frames: np.ndarray) -> np.ndarray:
+        from improved_diffusion.lpips_util import lpips_embedding
+
+        return lpips_embedding(frames, device=default_device(self.options.device))
 
     @property
     def eval_dir(self) -> Path:
@@ -101,6 +111,8 @@ class SampleSettings:
         prefix = "trainset_" if options.dataset_partition == "train" else ""
         if options.override_dataset:
             prefix += Path(options.override_dataset).name + "_"
+        if options.obs_video:
+            prefix += f"clip-{Path(options.obs_video).stem}_"
         return base / paths.inference_mode_str(
             options.inference_mode,
             self.max_frames,
@@ -109,6 +121,18 @@ class SampleSettings:
             options.obs_length,
             optimal=options.optimal,
             prefix=prefix,
+            sweeps=options.gibbs_sweeps if options.inference_mode == "gibbs" else None,
+        )
+
+    def source(self) -> VideoTestSet | OneClip:
+        """Where observed frames come from."""
+        if self.options.obs_video:
+            return OneClip(self.options.obs_video, self.image_size)
+        return get_test_dataset(
+            self.dataset,
+            T=self.T,
+            image_size=self.image_size,
+            partition=self.options.dataset_partition,
         )
 
     def stored(self) -> dict[str, Any]:
@@ -116,7 +140,7 @@ class SampleSettings:
         options = self.options
         kept = (
             "checkpoint_path inference_mode step_size obs_length optimal eta timestep_respacing "
-            "precision clip_denoised dataset_partition seed"
+            "precision clip_denoised dataset_partition obs_video gibbs_sweeps distance seed"
         )
         return {name: getattr(options, name) for name in kept.split()} | {
             "checkpoint_step": self.step,
@@ -145,53 +169,55 @@ class VideoSampler:
         strategy: InferenceStrategyBase,
         videos: np.ndarray,
         jobs: Sequence[Job],
-        progress: Iterable[Any] | None = None,
-    ) -> np.ndarray:
-        """Fill in the missing frames of `videos`, uint8 [B, T, 3, H, W], in place; return them.
+        start_stage: int = 0,
+    ) -> Iterator[tuple[int, int]]:
+        """Fill in the missing frames of `videos`, uint8 [B, T, 3, H, W], in place.
 
-        The frames `strategy.observed_from_data` must be there. jobs: B of them.
-        progress: a tqdm bar that counts sampled frames.
+        The frames `strategy.observed_from_data` must be there, and what the inference steps before
+        `start_stage` sample. jobs: B of them. Yields (step, frames sampled in it) after each step.
         """
         if strategy.is_adaptive:
             strategy.set_videos(SymmetricView(videos))  # type: ignore[attr-defined]
         for stage, (observed, latent) in enumerate(strategy):
             if not strategy.is_adaptive:
                 observed, latent = [observed] * len(jobs), [latent] * len(jobs)
-            counts = [(len(o), len(la)) for o, la in zip(observed, latent, strict=True)]
-            for count in sorted(set(counts)):  # the network gets real frames only: no padding
-                rows = [row for row, its_count in enumerate(counts) if its_count == count]
-                self._sample_stage(
-                    videos,
-                    rows,
-                    [observed[r] for r in rows],
-                    [latent[r] for r in rows],
-                    jobs,
-                    stage,
-                )
-            if isinstance(progress, tqdm):
-                progress.update(sum(map(len, latent)))
-        return videos
+            if stage >= start_stage:
+                self._sample_stage(videos, observed, latent, jobs, stage)
+                yield stage, sum(map(len, latent))
 
     def _sample_stage(
         self,
         videos: np.ndarray,
-        rows: list[int],
         observed: list[list[int]],
         latent: list[list[int]],
         jobs: Sequence[Job],
         stage: int,
     ) -> None:
-        """One network trajectory for some rows of a batch, written back into `videos`."""
-        indices = np.array([o + la for o, la in zip(observed, latent, strict=True)])
-        num_observed = len(observed[0])
+        """One inference step; videos whose frame counts differ run apart, so nothing is padded."""
+        counts = [(len(o), len(la)) for o, la in zip(observed, latent, strict=True)]
+        for count in sorted(set(counts)):
+            rows = [row for row, its_count in enumerate(counts) if its_count == count]
+            indices = np.array([observed[row] + latent[row] for row in rows])
+            self._sample_rows(videos, rows, indices, count[0], [jobs[row] for row in rows], stage)
+
+    def _sample_rows(
+        self,
+        videos: np.ndarray,
+        rows: list[int],
+        indices: np.ndarray,
+        num_observed: int,
+        jobs: Sequence[Job],
+        stage: int,
+    ) -> None:
+        """One network trajectory for some rows of a batch, written back into `videos`.
+
+        indices: [rows, K], the observed frames first.
+        """
         where = np.array(rows)[:, None]
         clean = torch.from_numpy(videos[where, indices]).to(self.device).float() / 127.5 - 1
         obs_mask = torch.zeros(*indices.shape, 1, 1, 1, device=self.device)
         obs_mask[:, :num_observed] = 1
-        options = self.settings.options
-        generators = [
-            make_generator(options.seed, jobs[row].video, jobs[row].sample, stage) for row in rows
-        ]
+        seed = self.settings.options.seed
         out = self._run_sampler(
             tuple(clean.shape),
             model_kwargs={
@@ -200,7 +226,7 @@ class VideoSampler:
                 "latent_mask": 1 - obs_mask,
                 "frame_indices": torch.from_numpy(indices).to(self.device),
             },
-            generators=generators,
+            generators=[make_generator(seed, job.video, job.sample, stage) for job in jobs],
         )
         videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
 
@@ -243,20 +269,35 @@ class SymmetricView:
         return self._videos[index].astype(np.float32) / 127.5 - 1
 
 
-def missing_jobs(settings: SampleSettings, eval_dir: EvalDir, num_videos: int) -> list[Job]:
-    """What the options ask for and is not on disk yet, sample by sample."""
-    options = settings.options
-    videos = resolve_indices(
-        num_videos,
-        indices=options.indices,
-        subset_size=options.subset_size,
-        batch_size=options.batch_size,
-    )
-    if not videos:
-        logger.info("nothing to do: SLURM_ARRAY_TASK_ID lies past the last batch of videos")
+class OneClip:
+    """One's own video file in the place of a test set."""
+
+    def __init__(self, path: str, image_size: int):
+        self.video: OpenVideo = open_video(path)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return 1
+
+    def length(self, index: int) -> int:
+        """Frames in the file."""
+        return self.video.shape[0]
+
+    def read(self, index: int, frame_indices: Sequence[int]) -> np.ndarray:
+        """Frames, cropped and scaled to the network's size: uint8 [n, 3, H, W]."""
+        frames = centre_crop_resize(self.video.read(frame_indices), self.image_size)
+        return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+
+
+def chosen_batches(options: SampleConfig, num_videos: int) -> list[list[Job]]:
+    """All jobs that the options name, a list per batch of videos (array task i: the i-th)."""
+    videos = choose_videos(num_videos, indices=options.indices, subset_size=options.subset_size)
     samples = range(options.num_samples) if options.sample_idx is None else [options.sample_idx]
-    jobs = [Job(video, sample) for sample in samples for video in videos]
-    return [job for job in jobs if not eval_dir.has_sample(*job)]
+    size = options.batch_size
+    return [
+        [Job(video, sample) for sample in samples for video in videos[start : start + size]]
+        for start in range(0, len(videos), size)
+    ]
 
 
 def sample_dataset(options: SampleConfig) -> EvalDir:
@@ -264,82 +305,145 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
 
     Raises ValueError or FileNotFoundError for a user's mistake, before anything is written.
     """
-    device = default_device(options.device)
-    model, model_config, step = load_model(options.checkpoint_path, device)
-    settings = SampleSettings.resolve(options, model_config, step)
+    weights = load_weights(options.checkpoint_path)
+    settings = SampleSettings.resolve(options, weights.config, weights.step)
     strategy = settings.strategy()
-    if options.just_visualise:
-        _visualise(settings)
-        return EvalDir(settings.eval_dir)
-    test_set = get_test_dataset(
-        settings.dataset,
-        T=settings.T,
-        image_size=settings.image_size,
-        partition=options.dataset_partition,
-    )
     eval_dir = EvalDir(settings.eval_dir)
-    jobs = missing_jobs(settings, eval_dir, len(test_set))
-    _check_lengths(strategy, test_set, sorted({job.video for job in jobs}), settings.T)
-    sampler = VideoSampler(model, settings, device)
-    eval_dir.write_configs(model_config, settings.stored())
+    if options.just_visualise:
+        _visualise(strategy, eval_dir.path / "schedule.png")
+        return eval_dir
+    source = settings.source()
+    batches = chosen_batches(options, len(source))
+    if options.status:
+        print_status(eval_dir, batches)
+        return eval_dir
+    task = array_task()
+    if task is not None and task >= len(batches):
+        logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
+        return eval_dir
+    wanted = [job for batch in (batches if task is None else [batches[task]]) for job in batch]
+    jobs = [job for job in wanted if not eval_dir.has_sample(*job)]
+    _check_lengths(strategy, source, sorted({job.video for job in wanted}), settings.T)
+    device = default_device(options.device)
+    sampler = VideoSampler(build_model(weights, options.checkpoint_path, device), settings, device)
+    eval_dir.write_configs(weights.config, settings.stored())
     logger.info("%d videos to sample into %s", len(jobs), eval_dir.path)
-    mine = jobs[dist_util.rank() :: dist_util.world_size()]
-    _sample_jobs(sampler, test_set, eval_dir, mine)
+    _sample_jobs(sampler, source, eval_dir, jobs[dist_util.rank() :: dist_util.world_size()])
     return eval_dir
 
 
-def _visualise(settings: SampleSettings) -> None:
+def print_status(eval_dir: EvalDir, batches: list[list[Job]]) -> None:
+    """Print what is missing: one line per video and sample, and the array tasks that make them."""
+    missing = [[job for job in batch if not eval_dir.has_sample(*job)] for batch in batches]
+    for job in sorted(job for batch in missing for job in batch):
+        print(f"missing: video {job.video} sample {job.sample}")
+    tasks = [str(index) for index, batch in enumerate(missing) if batch]
+    if tasks:
+        print(f"--array={','.join(tasks)}")
+    total, left = sum(map(len, batches)), sum(map(len, missing))
+    print(f"{total - left} of {total} videos are in {eval_dir.path}")
+
+
+def _visualise(strategy: InferenceStrategyBase, path: Path) -> None:
     from improved_diffusion.plots import draw_schedule
 
-    path = settings.eval_dir / "schedule.png"
-    draw_schedule(settings.strategy(), path)
+    if strategy.is_adaptive:
+        raise ValueError(
+            "--just_visualise: adaptive strategies choose observed frames by what the sampled ones "
+            "look like, so there is no schedule before sampling: choose another --inference_mode"
+        )
+    draw_schedule(strategy, path)
     logger.info("drew the schedule to %s", path)
 
 
 def _check_lengths(
-    strategy: InferenceStrategyBase, test_set: VideoTestSet, videos: list[int], T: int
+    strategy: InferenceStrategyBase, source: VideoTestSet | OneClip, videos: list[int], T: int
 ) -> None:
     """Observed frames must be in the data; truth for the others need not."""
+    lengths = {video: source.length(video) for video in videos}
     needed = max(strategy.observed_from_data, default=-1) + 1
-    lengths = {video: test_set.length(video) for video in videos}
     for video, length in lengths.items():
         if length < needed:
-            why = "goal frames" if strategy.is_goal_directed else "--obs_length"
+            what = "the goal frames" if strategy.is_goal_directed else "--obs_length"
             raise ValueError(
-                f"test video {video} has {length} frames, {why} needs {needed}: give a smaller --T or --obs_length"
+                f"video {video} has {length} frames, {what} asks for {needed}: "
+                "give a smaller --T or --obs_length"
             )
-    if lengths and min(lengths.values()) < T:
-        logger.info("videos of %d frames continue data of %d frames", T, min(lengths.values()))
+    shortest = min(lengths.values(), default=T)
+    if shortest < T:
+        logger.info("videos of %d frames continue data of %d frames", T, shortest)
 
 
 def _sample_jobs(
-    sampler: VideoSampler, test_set: VideoTestSet, eval_dir: EvalDir, jobs: list[Job]
+    sampler: VideoSampler, source: VideoTestSet | OneClip, eval_dir: EvalDir, jobs: list[Job]
 ) -> None:
+    """Sample in batches; videos that an earlier run left unfinished go on where they are."""
     settings = sampler.settings
     size = settings.options.batch_size
-    observed = settings.strategy().observed_from_data
     frames = len(jobs) * _frames_per_video(settings.strategy())
-    start = time.perf_counter()
+    stages = {job: eval_dir.load_partial(*job)[0] for job in jobs}
+    began = time.perf_counter()
     with tqdm(total=frames, unit="frame", disable=not dist_util.is_main()) as bar:
-        for begin in range(0, len(jobs), size):
-            batch = jobs[begin : begin + size]
-            shape = (len(batch), settings.T, 3, settings.image_size, settings.image_size)
-            videos = np.zeros(shape, np.uint8)
-            for row, job in enumerate(batch):
-                videos[row, observed] = test_set.read(job.video, observed)
-            sampler.sample(settings.strategy(), videos, batch, bar)
-            for job, video in zip(batch, videos, strict=True):
-                eval_dir.save_sample(*job, video)
-    seconds = time.perf_counter() - start
+        for stage in sorted(set(stages.values()), reverse=True):
+            alike = [job for job in jobs if stages[job] == stage]
+            for start in range(0, len(alike), size):
+                _sample_batch(sampler, source, eval_dir, alike[start : start + size], bar)
+    seconds = time.perf_counter() - began
     if jobs:
         logger.info(
             "sampled %d frames in %.1f s: %.2f frames/s, %d network calls, peak memory %.2f GB",
-            frames,
+            bar.n,
             seconds,
-            frames / seconds,
+            bar.n / seconds,
             sampler.network_calls,
             dist_util.peak_memory_gb(sampler.device),
         )
+
+
+def _sample_batch(
+    sampler: VideoSampler,
+    source: VideoTestSet | OneClip,
+    eval_dir: EvalDir,
+    batch: list[Job],
+    bar: tqdm[Any],
+) -> None:
+    """Sample, save and tidy up one batch of jobs that are at the same inference step."""
+    settings = sampler.settings
+    size = settings.image_size
+    videos = np.zeros((len(batch), settings.T, 3, size, size), np.uint8)
+    observed = settings.strategy().observed_from_data
+    start_stage = 0
+    for row, job in enumerate(batch):
+        start_stage, frames = eval_dir.load_partial(*job)
+        if frames is None:
+            videos[row, observed] = source.read(job.video, observed)
+        else:
+            videos[row] = frames
+    keeper = PartialKeeper(eval_dir, batch, videos)
+    for stage, num_frames in sampler.sample(settings.strategy(), videos, batch, start_stage):
+        bar.update(num_frames)
+        keeper.keep(stage + 1)
+    for job, video in zip(batch, videos, strict=True):
+        eval_dir.save_sample(*job, video)
+        eval_dir.drop_partial(*job)
+
+
+class PartialKeeper:
+    """Keeps unfinished videos on disk, as often as costs no more than a twentieth of the time."""
+
+    def __init__(self, eval_dir: EvalDir, jobs: list[Job], videos: np.ndarray):
+        self.eval_dir, self.jobs, self.videos = eval_dir, jobs, videos
+        self._due = time.perf_counter()
+
+    def keep(self, stages: int) -> None:
+        """Write the videos, of which `stages` inference steps are made, unless it is too soon."""
+        began = time.perf_counter()
+        if began < self._due:
+            return
+        for job, video in zip(self.jobs, self.videos, strict=True):
+            self.eval_dir.save_partial(*job, video, stages)
+        ended = time.perf_counter()
+        self._due = ended + 20 * (ended - began)
 
 
 def _frames_per_video(strategy: InferenceStrategyBase) -> int:

@@ -187,6 +187,12 @@ def test_features_do_not_depend_on_the_batch_size(random_i3d):
     assert abs(one[0] - one[1]).max() > 1e-3 * scale, "different videos, different features"
 
 
+def test_loading_i3d_draws_no_random_numbers(random_i3d):
+    state = torch.get_rng_state()
+    fvd._load_torch(random_i3d, "cpu", 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_resizing_in_slices_changes_nothing(monkeypatch):
     videos = noise(2, 21, 3, 20, 30)
     whole = fvd._prepare(videos, "legacy", "cpu")
