@@ -108,8 +108,8 @@ def _join_mpi() -> Any:
     launched = next((int(os.environ[name]) for name in MPI_SIZE_VARIABLES if name in os.environ), 1)
     if comm.size == 1 and launched > 1:
         raise ValueError(
-            f"{launched} processes were started, but mpi4py's MPI library sees only itself: use its own "
-            "mpiexec, or point MPI4PY_LIBMPI at this mpiexec's library, or use torchrun"
+            f"{launched} processes were started, but mpi4py's MPI library sees only itself: "
+            "use its own mpiexec, or point MPI4PY_LIBMPI at this mpiexec's library, or use torchrun"
         )
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     cores = node.allgather(_usable_cores())

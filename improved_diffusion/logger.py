@@ -86,7 +86,13 @@ class ProgressFile:
         self._rewrite([row for row in rows if int(row["step"]) <= start_step])
 
     def append(self, row: Row) -> None:
-        """Add one row; keys that it lacks stay empty."""
+        """Add one row; keys that it lacks stay empty. Raises OSError naming the file."""
+        try:
+            self._append(row)
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+    def _append(self, row: Row) -> None:
         new = [key for key in row if key not in self.columns]
         if new or paths.is_remote(self.path):  # blobs cannot grow
             self.columns += new

@@ -180,6 +180,16 @@ def sample_path(eval_dir: Path, video: int, sample: int) -> Path:
     return eval_dir / "samples" / f"{sample_name(video, sample)}.npy"
 
 
+def optimal_schedule_path(eval_dir: Path) -> Path:
+    """The file {step: observed frames} of an `_optimal` evaluation directory."""
+    return eval_dir / "optimal_schedule.pt"
+
+
+def schedule_step_path(eval_dir: Path, step: int) -> Path:
+    """What the search for an optimal schedule has found for one inference step."""
+    return eval_dir / "optimal_schedule" / f"step_{step:04d}.json"
+
+
 def partial_path(eval_dir: Path, video: int, sample: int) -> Path:
     """What is kept of a video that is not finished yet."""
     return eval_dir / "partial" / f"{sample_name(video, sample)}.npz"

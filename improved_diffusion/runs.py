@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -79,6 +80,8 @@ def _make_folder(folder: str) -> None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
     except OSError as error:
         raise OSError(
             f"cannot make the run's folder {folder}: {error.strerror}: "

@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from improved_diffusion.config import DiffusionConfig, ModelConfig, defaults
@@ -41,9 +41,11 @@ def _value_type(hint: Any) -> Callable[[str], Any]:
     return str2bool if hint is bool else hint
 
 
-def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *groups: type, leave_out: Collection[str] = ()
+) -> None:
     """Add one flag per field of the option groups; a name that two groups share is added once."""
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} | set(leave_out)
     for group in groups:
         hints = typing.get_type_hints(group)
         for item in dataclasses.fields(group):

@@ -111,13 +111,12 @@ class TrainLoop:
             self._catch_signals(),
             logging_redirect_tqdm(),
             tqdm(initial=self.step, total=self.last_step, unit="step", disable=show) as bar,
+            contextlib.closing(self._batches()) as batches,
         ):
-            batches = self._batches()
             while not self._stop and not self.finished:
                 if self.run_step(next(batches)):
                     bar.update()
                     self._after_update()
-            batches.close()
             if self.step > self._logged[0]:
                 self._dump_log()
             if self.step > self.saved_step:
@@ -177,9 +176,8 @@ class TrainLoop:
             group["weight_decay"] = self.config.weight_decay
         for param, slots in self.optimizer.state.items():
             for name, value in slots.items():
-                if (
-                    value.shape == param.shape
-                ):  # files hold no memory layout; the fast path needs the same
+                # Files hold no memory layout; the fast path needs the parameter's own.
+                if value.shape == param.shape:
                     slots[name] = torch.empty_like(param).copy_(value)
         self.sampler.load_state_dict(state.opt_state["schedule_sampler"])
         if self.loss_scale is not None and state.opt_state["loss_scale_log2"] is not None:
@@ -324,13 +322,16 @@ class TrainLoop:
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
-        while True:
-            began = time.perf_counter()
-            batch = next(batches)
-            self.log.add("seconds_waiting_for_data", time.perf_counter() - began)
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches)
+                self.log.add("seconds_waiting_for_data", time.perf_counter() - began)
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends the workers, who ignore signals, even while a traceback is alive
 
     def _after_update(self) -> None:
         config = self.config
@@ -339,11 +340,8 @@ class TrainLoop:
         if self.step % config.save_interval == 0:
             self.save()
         interval = config.sample_interval
-        if (
-            interval
-            and (self.step == FIRST_SAMPLE_STEP or self.step % interval == 0)
-            and dist_util.is_main()
-        ):
+        due = interval > 0 and (self.step == FIRST_SAMPLE_STEP or self.step % interval == 0)
+        if due and dist_util.is_main():
             self._draw_samples()
 
     def _log_step(
@@ -457,9 +455,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
-        raise ValueError(
-            f"{source}: weights of another network than these options': {first}"
-        ) from None
+        raise ValueError(f"{source}: weights of another network: {first}") from None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

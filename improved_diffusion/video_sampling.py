@@ -82,7 +82,7 @@ class SampleSettings:
 
     def strategy(self) -> InferenceStrategyBase:
         """A fresh strategy for one batch of videos."""
-        schedule = self.eval_dir / "optimal_schedule.pt" if self.options.optimal else None
+        schedule = paths.optimal_schedule_path(self.eval_dir) if self.options.optimal else None
         return create_strategy(
             self.options.inference_mode,
             video_length=self.T,

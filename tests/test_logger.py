@@ -55,6 +55,15 @@ def test_a_resumed_run_drops_rows_after_its_step_and_a_torn_one(tmp_path):
     assert [row["loss"] for row in rows(path)] == ["1.0", "2.0", "3.25"]
 
 
+def test_a_table_that_cannot_be_written_is_named(tmp_path):
+    progress = ProgressFile(str(tmp_path / "run" / "progress.csv"), 0)
+    progress.append({"step": 1})
+    (tmp_path / "run" / "progress.csv").unlink()
+    (tmp_path / "run").rmdir()
+    with pytest.raises(OSError, match="cannot write .*progress.csv: No such file"):
+        progress.append({"step": 2})
+
+
 def test_disabled_wandb_is_not_even_imported(tmp_path):
     code = (
         "import sys; from improved_diffusion.logger import RunLogger;"

@@ -146,6 +146,12 @@ def test_a_run_that_cannot_make_its_folder_says_so_in_one_line(videos, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_that_is_not_writable_is_named(videos, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match="folder checkpoints/run: not writable: set DIFFUSION_BLOB_"):
+        make_loop(videos, resume_id="run")
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(videos, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
@@ -467,17 +473,27 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
             if self.step == 1 and dist_util.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
+        options = sys.argv[1:]
+        sys.argv[1:] = [*options, "--resume_id=whole"]
+        video_train.main()
+        sys.argv[1:] = [*options, "--resume_id=parts"]
         Loop._update = stopped
+        try:
+            video_train.main()
+        except SystemExit as stop:
+            print("exit", stop.code, flush=True)
+        Loop._update = update
     """
-    options = {"save_interval": 100, "max_steps": 3}
-    whole = train(tmp_path, *flags(videos, resume_id="whole", **options), ranks=2)
-    assert whole.returncode == 0, whole.stderr
-    arguments = flags(videos, resume_id="parts", **options)
-    stopped = train(tmp_path, *arguments, ranks=2, script=rank_script(tmp_path, body))
-    assert stopped.returncode == train_util.EXIT_INTERRUPTED, stopped.stderr
-    assert checkpoints.find_resume_step(str(tmp_path / "checkpoints" / "parts")) == 2
-    assert "to resume: mpiexec -n 2 python" in stopped.stderr
-    assert train(tmp_path, *arguments, ranks=2).returncode == 0
+    done = train(
+        tmp_path,
+        *flags(videos, save_interval=100, max_steps=3),
+        ranks=2,
+        script=rank_script(tmp_path, body),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["exit", str(train_util.EXIT_INTERRUPTED)] * 2
+    assert "to resume: mpiexec -n 2 python" in done.stderr
+    assert "parts, at step 2" in done.stderr
     assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
 
 

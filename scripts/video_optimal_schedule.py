@@ -1,0 +1,33 @@
+"""Search the frames that each inference step had best observe; --optimal of video_sample.py uses them.
+
+As a SLURM array job, task i searches step i; steps that are found already are kept.
+"""
+
+import argparse
+
+from improved_diffusion.config import SampleConfig, ScheduleConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+# Options of sampling that mean nothing here.
+NOT_FOR_SEARCH = (
+    "num_samples subset_size indices sample_idx optimal clip_denoised precision obs_video "
+    "gibbs_sweeps distance status just_visualise dataset_partition"
+).split()
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, SampleConfig, ScheduleConfig, leave_out=NOT_FOR_SEARCH)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    options, search = config_from_args(SampleConfig, args), config_from_args(ScheduleConfig, args)
+    from improved_diffusion.optimal_schedule import find_schedule
+
+    find_schedule(options, search)
+
+
+if __name__ == "__main__":
+    run_main(main)
