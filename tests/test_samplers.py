@@ -141,7 +141,7 @@ def test_deterministic_samplers_converge_with_their_order(sampler, order):
     sigma = np.sqrt(1 / bars[-1] - 1)
     start = noise[:, NUM_OBSERVED:, :, 0, 0].transpose(1, 2).reshape(-1, 2).numpy()
     exact = exact_flow(start, sigma)
-    steps = (63, 125, 250)
+    steps = (25, 50, 100)
     errors = [
         np.abs(run(sampler, str(n), num, noise=noise, noise_schedule="cosine") - exact).max()
         for n in steps
