@@ -137,6 +137,13 @@ def test_a_folder_without_a_complete_set_has_no_resume_step(tmp_path):
         checkpoints.load_run(str(tmp_path))
 
 
+def test_latest_files_of_two_steps_are_no_set(tmp_path):
+    save(tmp_path / "a", 1, latest_only=True)
+    save(tmp_path / "b", 2, latest_only=True)
+    (tmp_path / "b" / "model_latest.pt").replace(tmp_path / "a" / "model_latest.pt")
+    assert checkpoints.find_resume_step(str(tmp_path / "a")) is None
+
+
 def test_published_format_with_a_namespace_and_half_precision_loads(tmp_path):
     path = tmp_path / "ema_0.9999_000100.pt"
     content = {

@@ -295,6 +295,22 @@ def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
     assert scale.value == pytest.approx(start)
 
 
+def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
+    plain, scaled = (wake_up(make_loop(videos)) for _ in range(2))
+    scaled.loss_scale = fp16_util.LossScale(0.001)
+    assert equal(gradients(plain), gradients(scaled))
+    assert scaled.loss_scale.log2 == fp16_util.LossScale.INITIAL_LOG2 + 0.001
+
+
+def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
+    loop = make_loop(videos)
+    loop.loss_scale = fp16_util.LossScale(0.001)
+    loop.loss_scale.log2 = 200.0
+    assert loop.run_step(next(loop._batches())) is False
+    assert (loop.step, loop.loss_scale.log2) == (0, 199.0)
+    assert not caplog.records
+
+
 def spoil(loop, bad_steps):
     """Let the loss be NaN in the calls that `bad_steps` names, counted from 0."""
     real, calls = loop.diffusion.training_losses, iter(range(1000))
