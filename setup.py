@@ -12,6 +12,7 @@ TF = [
 ]
 MPI = ["mpich>=4.3,<6"]
 VIDEO = ["av>=12"]
+MAZES = ["memory-maze==1.0.3", "dm_control==1.0.31", "mujoco==3.3.3", "gym==0.26.2"]
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "tf": TF,
         "mpi": MPI,
         "video": VIDEO,
+        "mazes": MAZES,
         "test": TEST + MPI + VIDEO,
     },
 )

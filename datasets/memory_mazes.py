@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from improved_diffusion.dataset_files import DATASETS
 from improved_diffusion.paths import atomic_write
 from improved_diffusion.script_util import run_main

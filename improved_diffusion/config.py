@@ -166,6 +166,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """How the videos of the data set are read (dataset_files.py); travels in the checkpoint."""
+
+    frame_stride: int = option(1, "take one frame in so many")
+    fps: float | None = option(
+        None, "take so many frames per second of the files' time (default: all)"
+    )
+    test_fraction: float | None = option(
+        None, "share of a folder's videos to test with (default: it has train/ and test/)"
+    )
+    skip_broken: bool = option(False, "leave out broken or too short training videos, naming them")
+    cache_dir: str | None = option(None, "copy the files here on first use, and read them here")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """One sampling run (video_sampling.py)."""
 

@@ -62,8 +62,8 @@ def launcher() -> str:
 def setup_dist() -> None:
     """Find this process's rank and join the others; call once, before any other function here.
 
-    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and
-    RuntimeError where mpi4py finds no MPI library.
+    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and where
+    mpi4py finds no MPI library.
     """
     import torch
 
@@ -102,8 +102,13 @@ def _join_torchrun() -> Any:
 
 def _join_mpi() -> Any:
     """Ranks from MPI; rank 0 opens the rendezvous on a free port and tells the others over MPI."""
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            "started by mpiexec, but mpi4py finds no MPI library: set MPI4PY_LIBMPI to the one of "
+            f"this mpiexec, or pip install mpich ({str(error).splitlines()[0]})"
+        ) from None
     comm = MPI.COMM_WORLD
     launched = next((int(os.environ[name]) for name in MPI_SIZE_VARIABLES if name in os.environ), 1)
     if comm.size == 1 and launched > 1:

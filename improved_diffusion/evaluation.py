@@ -21,6 +21,7 @@ from improved_diffusion import paths
 from improved_diffusion.config import EvalConfig
 from improved_diffusion.metrics import METRICS
 from improved_diffusion.results import EvalDir, load_video, write_json
+from improved_diffusion.script_util import stored_dataset
 from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,9 @@ class Scoring:
                     f"sample the others or give a smaller --num_samples"
                 )
         T = int(setting("T", config.T))  # type: ignore[call-overload]
-        model_config = eval_dir.model_config()
         truth = get_test_dataset(
-            str(setting("dataset", config.dataset)),
+            stored_dataset(str(setting("dataset", config.dataset)), eval_dir.model_config()),
             T=T,
-            image_size=model_config.get("image_size"),
             partition=str(setting("dataset_partition", config.dataset_partition)),
         )
         videos = sorted(samples)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from improved_diffusion import paths
 from improved_diffusion.config import GifConfig
 from improved_diffusion.results import EvalDir, load_video
+from improved_diffusion.script_util import stored_dataset
 from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.video_io import add_border, write_video
 
@@ -76,9 +77,8 @@ def _truth(eval_dir: EvalDir) -> VideoTestSet:
     if "dataset" not in stored:
         raise ValueError(f"{eval_dir.sample_config_path} does not say dataset: leave out --add_gt")
     return get_test_dataset(
-        stored["dataset"],
+        stored_dataset(stored["dataset"], eval_dir.model_config()),
         T=stored["T"],
-        image_size=eval_dir.model_config().get("image_size"),
         partition=stored["dataset_partition"],
     )
 

@@ -30,6 +30,7 @@ from improved_diffusion.script_util import (
     config_from_args,
     create_diffusion,
     default_device,
+    stored_dataset,
 )
 from improved_diffusion.video_datasets import get_test_dataset
 from improved_diffusion.video_sampling import SampleSettings
@@ -181,9 +182,8 @@ def _denoising_error(
     settings: SampleSettings, weights: WeightsFile, search: ScheduleConfig
 ) -> DenoisingError:
     options = settings.options
-    train_set = get_test_dataset(
-        settings.dataset, T=settings.T, image_size=settings.image_size, partition="train"
-    )
+    spec = stored_dataset(settings.dataset, settings.model_config)
+    train_set = get_test_dataset(spec, T=settings.T, partition="train")
     number = min(search.num_videos, len(train_set))
     videos = [
         train_set.read(index, range(settings.T))

@@ -12,10 +12,11 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from improved_diffusion.config import DiffusionConfig, ModelConfig, defaults
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, defaults
 
 if TYPE_CHECKING:
     from improved_diffusion.checkpoints import WeightsFile
+    from improved_diffusion.dataset_files import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
     from improved_diffusion.unet import UNetVideoModel
 
@@ -181,6 +182,20 @@ def build_model(weights: WeightsFile, path: str, device: str) -> UNetVideoModel:
             f"{path}: the weights do not fit the network of its config: {first}"
         ) from None
     return model.to(device).eval()
+
+
+def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:
+    """The data set `name` as a network of `model_config` reads it.
+
+    The training options on how to read videos hold for the data set that was trained on.
+    """
+    from improved_diffusion.dataset_files import dataset_spec
+
+    options: dict[str, Any] = {"image_size": model_config.get("image_size")}
+    if name == model_config.get("dataset"):
+        stored = defaults(DataConfig) | model_config
+        options |= {key: stored[key] for key in ("frame_stride", "fps", "test_fraction")}
+    return dataset_spec(name, **options)
 
 
 def choose_videos(

@@ -32,8 +32,9 @@ from improved_diffusion.script_util import (
     config_from_args,
     create_diffusion,
     default_device,
+    stored_dataset,
 )
-from improved_diffusion.video_datasets import VideoTestSet, dataset_spec, get_test_dataset
+from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class SampleSettings:
                 f"{options.checkpoint_path} names no data set: give --override_dataset"
             )
         image_size = model_config["image_size"]
-        T = options.T or dataset_spec(dataset, image_size=image_size).T
+        T = options.T or stored_dataset(dataset, model_config).T
         trained = model_config.get("max_frames")
         max_frames = options.max_frames or trained
         if max_frames is None:
@@ -129,9 +130,8 @@ class SampleSettings:
         if self.options.obs_video:
             return OneClip(self.options.obs_video, self.image_size)
         return get_test_dataset(
-            self.dataset,
+            stored_dataset(self.dataset, self.model_config),
             T=self.T,
-            image_size=self.image_size,
             partition=self.options.dataset_partition,
         )
 

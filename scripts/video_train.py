@@ -37,6 +37,7 @@ def main() -> None:
     diffusion_config = config_from_args(DiffusionConfig, args)
 
     import torch
+
     from improved_diffusion import dist_util, train_util
     from improved_diffusion.runs import open_run
     from improved_diffusion.script_util import create_diffusion, create_model

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from improved_diffusion import bouncy_balls
 from improved_diffusion.bouncy_balls import make_dataset, render, simulate
 

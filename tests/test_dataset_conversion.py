@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.dataset_conversion import convert_release

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from improved_diffusion import dist_util
 
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
@@ -97,6 +98,24 @@ def test_a_foreign_mpiexec_is_an_error_that_says_so(tmp_path):
     )
     assert done.returncode != 0
     assert "4 processes were started, but mpi4py's MPI library sees only itself" in done.stderr
+
+
+def test_mpiexec_without_an_mpi_library_is_one_line(tmp_path):
+    code = """
+        from improved_diffusion import dist_util
+        from improved_diffusion.script_util import run_main
+        run_main(dist_util.setup_dist)
+    """
+    environment = {"PMI_RANK": "0", "MPI4PY_LIBMPI": str(tmp_path / "libmpi.so"), "PATH": "/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "mpi4py finds no MPI library" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 COLLECTIVES = """

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from helpers import make_folder_dataset, run_script
 from improved_diffusion import evaluation, metrics
 from improved_diffusion.config import EvalConfig
 from improved_diffusion.results import EvalDir
-
-from helpers import make_folder_dataset, run_script
 
 T, OBSERVED = 8, 3
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from improved_diffusion import frechet_video_distance as fvd
-from improved_diffusion.i3d import I3D, in_time_slices, same_padding
 
 from golden_fill import array
+from improved_diffusion import frechet_video_distance as fvd
+from improved_diffusion.i3d import I3D, in_time_slices, same_padding
 
 GOLDEN = Path(__file__).parent / "golden"
 FRECHET = json.loads((GOLDEN / "frechet.json").read_text())

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 from golden_fill import array, weights
+from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "unet.json").read_text())}

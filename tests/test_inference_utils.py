@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from golden_fill import array
 from improved_diffusion import frame_selection
 from improved_diffusion.inference_utils import (
     InferenceStrategyBase,
@@ -18,8 +20,6 @@ from improved_diffusion.inference_utils import (
     inference_strategies,
     load_optimal_schedule,
 )
-
-from golden_fill import array
 
 GOLDEN = Path(__file__).parent / "golden"
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())

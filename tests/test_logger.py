@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from improved_diffusion import logger
 from improved_diffusion.logger import ProgressFile, RunLogger, WandbRun
 

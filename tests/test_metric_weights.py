@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from golden_fill import array
 from improved_diffusion import metric_weights
 from improved_diffusion.metric_weights import (
     ALEXNET_FILE,
@@ -19,8 +21,6 @@ from improved_diffusion.metric_weights import (
     NumpyUnpickler,
     Source,
 )
-
-from golden_fill import array
 
 MEMBER = "pkg/weights/net.ckpt"
 

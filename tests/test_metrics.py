@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from golden_fill import array
 from improved_diffusion import metrics
 from improved_diffusion.lpips_util import load_lpips, lpips_distance, lpips_embedding
 from improved_diffusion.metric_weights import ALEXNET_FILE, find_alexnet
-
-from golden_fill import array
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
 ALEXNET_SHAPES = {

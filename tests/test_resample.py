@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from improved_diffusion.resample import (
     LossSecondMomentSampler,
     ScheduleSampler,

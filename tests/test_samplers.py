@@ -8,6 +8,7 @@ denoiser at every noise level: samplers that use it must reproduce both.
 import numpy as np
 import pytest
 import torch
+
 from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.rng_util import make_generator

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from improved_diffusion import optimal_schedule, paths, video_sampling
-from improved_diffusion.config import SampleConfig, ScheduleConfig
 
 from helpers import ROOT, make_checkpoint, make_folder_dataset, run_script
+from improved_diffusion import optimal_schedule, paths, video_sampling
+from improved_diffusion.config import SampleConfig, ScheduleConfig
 from test_video_sampling import assert_same_video, checkpoint, load, sample  # noqa: F401
 
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from improved_diffusion import config, script_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 
 from helpers import ROOT, make_checkpoint, run_script
+from improved_diffusion import config, script_util
+from improved_diffusion.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 
 PUBLISHED_DEFAULTS = {
     "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,

@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+
+from golden_fill import array
 from improved_diffusion import frechet_video_distance as fvd
 from improved_diffusion import metric_weights
 from improved_diffusion.i3d import I3D, MIXED
-
-from golden_fill import array
 
 pytestmark = pytest.mark.tf
 

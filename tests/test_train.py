@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from improved_diffusion import checkpoints, dist_util, fp16_util, runs, train_util
 
+from improved_diffusion import checkpoints, dist_util, fp16_util, runs, train_util
 from train_runs import SCRIPT, environment, flags, make_loop, make_videos, train
 
 ROOT = Path(__file__).parents[1]

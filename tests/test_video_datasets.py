@@ -6,6 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
 from improved_diffusion import bouncy_balls, video_io
 from improved_diffusion.dataset_files import VideoFiles, sorted_files
 from improved_diffusion.video_datasets import (
@@ -16,7 +18,6 @@ from improved_diffusion.video_datasets import (
     get_train_dataset,
     prepare_dataset,
 )
-from torch.utils.data import DataLoader
 
 
 def numbered_video(video, length, size=32):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.video_io import frame_count, read_video, write_video

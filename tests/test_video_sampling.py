@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from helpers import make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion import paths
 from improved_diffusion.config import SampleConfig
 from improved_diffusion.results import EvalDir, load_video
 from improved_diffusion.video_sampling import sample_dataset
-
-from helpers import make_checkpoint, make_folder_dataset, run_script
 
 T = 8
 
@@ -122,6 +122,7 @@ def test_samplers_differ_in_folder_and_frames(checkpoint, options, suffix):
 def test_ddim_is_deterministic_given_its_first_noise(checkpoint):
     """With eta 0 only the start is random: the noise of the later steps must not matter."""
     import torch
+
     from improved_diffusion.rng_util import make_generator
     from improved_diffusion.script_util import create_diffusion, load_model
     from improved_diffusion.video_sampling import DiffusionConfig

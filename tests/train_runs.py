@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from improved_diffusion import train_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.runs import open_run
