@@ -23,8 +23,8 @@ setup(
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.5",
+        "torchvision>=0.20",
         "numpy>=1.26.4,<3",
         "scipy",
         "mpi4py>=4.1,<5",

@@ -15,9 +15,9 @@ from improved_diffusion.paths import atomic_write
 
 NUM_FRAMES = 100
 IMAGE_SIZE = 32
-MAX_BALLS = 3
-RADIUS_RANGE = (3.0, 5.0)
-SPEED_RANGE = (0.8, 1.8)
+NUM_BALLS = 2
+RADIUS_RANGE = (3.5, 5.0)
+SPEED_RANGE = (0.6, 1.4)
 BACKGROUND = np.array([12, 12, 20], dtype=np.float64)
 COLOURS = np.array(
     [
@@ -25,8 +25,6 @@ COLOURS = np.array(
         [55, 205, 70],
         [65, 110, 250],
         [245, 215, 50],
-        [225, 75, 225],
-        [60, 215, 225],
     ],
     dtype=np.float64,
 )
@@ -52,7 +50,7 @@ def simulate(
     rng: np.random.Generator,
     num_frames: int = NUM_FRAMES,
     *,
-    num_balls: int | None = None,
+    num_balls: int = NUM_BALLS,
     size: int = IMAGE_SIZE,
 ) -> Trajectory:
     """Let balls of random place, speed, size and colour move.
@@ -60,13 +58,11 @@ def simulate(
     Args:
         rng: where all randomness comes from.
         num_frames: T >= 1.
-        num_balls: 1 to len(COLOURS) (None: two or three).
+        num_balls: 1 to len(COLOURS).
         size: side of the box in pixels, large enough for the balls.
 
     Raises ValueError for a number of balls that is out of range or does not fit.
     """
-    if num_balls is None:
-        num_balls = int(rng.integers(2, MAX_BALLS + 1))
     if not 1 <= num_balls <= len(COLOURS) or size < 4 * num_balls * RADIUS_RANGE[1] / 2:
         raise ValueError(f"{num_balls} balls in a box of {size} pixels: use fewer or a larger box")
     colours = COLOURS[rng.permutation(len(COLOURS))[:num_balls]]

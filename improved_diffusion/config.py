@@ -141,7 +141,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("batch_size", "max_frames", "log_interval", "save_interval"):
+        for name in ("batch_size", "max_frames", "log_interval", "save_interval", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("lr_anneal_steps", "max_steps", "sample_interval", "keep_checkpoints"):

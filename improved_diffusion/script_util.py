@@ -12,12 +12,19 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, defaults
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    defaults,
+)
 
 if TYPE_CHECKING:
     from improved_diffusion.checkpoints import WeightsFile
     from improved_diffusion.dataset_files import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
+    from improved_diffusion.train_util import TrainLoop
     from improved_diffusion.unet import UNetVideoModel
 
 Config = TypeVar("Config")
@@ -147,6 +154,50 @@ def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     from improved_diffusion.respace import SpacedDiffusion
 
     return SpacedDiffusion(config)
+
+
+def create_train_loop(
+    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
+) -> TrainLoop:
+    """The training loop of these options, at the start or where its run was left.
+
+    All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
+    """
+    import torch
+
+    from improved_diffusion.dataset_files import dataset_spec
+    from improved_diffusion.runs import open_run
+    from improved_diffusion.train_util import TrainLoop
+    from improved_diffusion.video_datasets import get_train_dataset
+
+    reading = vars(data).copy()
+    cache_dir = reading.pop("cache_dir")
+    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
+    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
+    model = dataclasses.replace(model, image_size=spec.image_size)
+    train_set = get_train_dataset(
+        spec,
+        T=train.T,
+        max_frames=train.max_frames,
+        seed=train.seed,
+        pad_with_random_frames=train.pad_with_random_frames,
+        cache_dir=cache_dir,
+    )
+    stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
+    process = create_diffusion(diffusion)
+    sample_steps = str(min(train.sample_steps, process.num_timesteps))
+    torch.manual_seed(train.seed)
+    return TrainLoop(
+        create_model(model),
+        process,
+        train_set,
+        train,
+        run=open_run(train, stored),
+        stored_config=stored,
+        sample_diffusion=create_diffusion(
+            dataclasses.replace(diffusion, timestep_respacing=sample_steps)
+        ),
+    )
 
 
 def default_device(name: str = "") -> str:
