@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RUN_ID = "demo"
 STRATEGIES = ("autoreg", "hierarchy-2")
-T, OBS_LENGTH, STEP_SIZE = 30, 10, 4
+T, OBS_LENGTH, STEP_SIZE = 20, 8, 4
 WARM_UP_STEPS = 20  # steps that measure the speed of this machine
 
 # A network small enough for a CPU. Predicting clean frames under a cosine schedule gives the
@@ -32,7 +32,7 @@ WARM_UP_STEPS = 20  # steps that measure the speed of this machine
 TRAINING = (
     "--dataset=bouncy_balls --num_channels 32 --num_res_blocks 1 --batch_size 8 --max_frames 8 "
     f"--T {T} --predict_xstart True --noise_schedule cosine --lr 1e-3 --ema_rate 0.995 --ema_warmup True "
-    "--num_workers 1 --sample_interval 0 --save_latest_only True"
+    "--num_workers 0 --sample_interval 0 --save_latest_only True"
 )
 SAMPLING = (
     f"--T {T} --obs_length {OBS_LENGTH} --step_size {STEP_SIZE} --max_frames 8 "
