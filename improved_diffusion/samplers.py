@@ -78,7 +78,11 @@ def heun(
     eta: float,
     **options: Any,
 ) -> Tensor:
-    """EDM's second-order sampler (arXiv 2206.00364, Algorithm 1): two calls a step, one in the last."""
+    """EDM's second-order sampler (arXiv 2206.00364, Algorithm 1): two calls a step, one in the last.
+
+    A step in which sigma shrinks many times over is too long for it: few timesteps of a cosine
+    schedule are better given to `dpmpp2m`.
+    """
     flow = ProbabilityFlow(diffusion, model, shape, **options)
     x = flow.start
     for step in flow.steps():
