@@ -86,6 +86,34 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     parser.add_argument(f"--{item.name}", **options)
 
 
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse options, taking those not given from the file of --config.
+
+    Raises ValueError or FileNotFoundError for a file that is no config.json of a run.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    required = [action for action in actions.values() if action.required]
+    for action in required:
+        action.required = False
+    path = parser.parse_args(argv).config
+    options = {}
+    if path:
+        from improved_diffusion.runs import options_of
+
+        options = options_of(path, actions)
+    for name, value in options.items():
+        choices = actions[name].choices
+        if (choices and value not in choices) or (value is None) > (actions[name].default is None):
+            raise ValueError(f"--config {path}: {name} cannot be {value!r}")
+    # As text, so that argparse checks the types.
+    parser.set_defaults(**{k: v if v is None else str(v) for k, v in options.items()})
+    for action in required:
+        action.required = action.dest not in options
+    return parser.parse_args(argv)
+
+
 def config_from_args(group: type[Config], args: argparse.Namespace | dict[str, Any]) -> Config:
     """An option dataclass from parsed flags or a stored flat dict.
 
@@ -156,6 +184,21 @@ def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     return SpacedDiffusion(config)
 
 
+def resolve_train_options(
+    train: TrainConfig, data: DataConfig, model: ModelConfig
+) -> tuple[TrainConfig, ModelConfig, DatasetSpec]:
+    """The options with T and image_size as the data set has them, and the data set.
+
+    Raises ValueError or FileNotFoundError for an unknown or missing data set.
+    """
+    from improved_diffusion.dataset_files import dataset_spec
+
+    reading = {key: value for key, value in vars(data).items() if key != "cache_dir"}
+    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
+    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
+    return train, dataclasses.replace(model, image_size=spec.image_size), spec
+
+
 def create_train_loop(
     train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
 ) -> TrainLoop:
@@ -165,38 +208,38 @@ def create_train_loop(
     """
     import torch
 
-    from improved_diffusion.dataset_files import dataset_spec
-    from improved_diffusion.runs import open_run
+    from improved_diffusion.runs import open_run, record_run
+    from improved_diffusion.train_data import held_out_items
     from improved_diffusion.train_util import TrainLoop
     from improved_diffusion.video_datasets import get_train_dataset
 
-    reading = vars(data).copy()
-    cache_dir = reading.pop("cache_dir")
-    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
-    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
-    model = dataclasses.replace(model, image_size=spec.image_size)
-    train_set = get_train_dataset(
+    train, model, spec = resolve_train_options(train, data, model)
+    items = get_train_dataset(
         spec,
         T=train.T,
         max_frames=train.max_frames,
         seed=train.seed,
         pad_with_random_frames=train.pad_with_random_frames,
-        cache_dir=cache_dir,
+        cache_dir=data.cache_dir,
     )
+    valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
     stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
     process = create_diffusion(diffusion)
     sample_steps = str(min(train.sample_steps, process.num_timesteps))
+    sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
     torch.manual_seed(train.seed)
+    network = create_model(model)
+    run = open_run(train, stored)
+    record_run(run, stored)
     return TrainLoop(
-        create_model(model),
+        network,
         process,
-        train_set,
+        items,
         train,
-        run=open_run(train, stored),
+        run=run,
         stored_config=stored,
-        sample_diffusion=create_diffusion(
-            dataclasses.replace(diffusion, timestep_respacing=sample_steps)
-        ),
+        sample_diffusion=create_diffusion(sample_process),
+        valid_data=valid_items,
     )
 
 
@@ -224,7 +267,12 @@ def build_model(weights: WeightsFile, path: str, device: str) -> UNetVideoModel:
 
     Raises ValueError naming `path` where the weights do not fit the config.
     """
-    model = create_model(config_from_args(ModelConfig, weights.config))
+    config = weights.config
+    if config.get("image_size") is None:  # its default is the data set's
+        config = config | {
+            "image_size": stored_dataset(config.get("dataset", ""), config).image_size
+        }
+    model = create_model(config_from_args(ModelConfig, config))
     try:
         model.load_state_dict(weights.state_dict)
     except RuntimeError as error:
@@ -245,7 +293,7 @@ def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:
     options: dict[str, Any] = {"image_size": model_config.get("image_size")}
     if name == model_config.get("dataset"):
         stored = defaults(DataConfig) | model_config
-        options |= {key: stored[key] for key in ("frame_stride", "fps", "test_fraction")}
+        options |= {key: stored[key] for key in defaults(DataConfig) if key != "cache_dir"}
     return dataset_spec(name, **options)
 
 

@@ -69,8 +69,9 @@ class SampleSettings:
             raise ValueError(
                 f"{options.checkpoint_path} names no data set: give --override_dataset"
             )
-        image_size = model_config["image_size"]
-        T = options.T or stored_dataset(dataset, model_config).T
+        spec = stored_dataset(dataset, model_config)
+        image_size = model_config.get("image_size") or spec.image_size
+        T = options.T or spec.T
         trained = model_config.get("max_frames")
         max_frames = options.max_frames or trained
         if max_frames is None:

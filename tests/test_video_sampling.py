@@ -54,6 +54,15 @@ def test_a_published_checkpoint_samples_into_the_documented_tree(checkpoint, tmp
     assert json.loads((eval_dir.path / "sample_config.json").read_text())["checkpoint_step"] == 1234
 
 
+def test_a_checkpoint_without_an_image_size_has_that_of_its_data_set(checkpoint):
+    import torch
+
+    content = torch.load(checkpoint, weights_only=True)
+    del content["config"]["image_size"]
+    torch.save(content, checkpoint)
+    assert load(sample(checkpoint, indices=(0,)), 0).shape == (T, 3, 32, 32)
+
+
 def test_a_video_does_not_depend_on_its_batch(checkpoint):
     together = sample(checkpoint, indices=(0, 1, 2), batch_size=3, num_samples=2, eval_dir="a")
     alone = sample(checkpoint, indices=(2,), batch_size=1, sample_idx=1, eval_dir="b")
