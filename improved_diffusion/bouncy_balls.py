@@ -16,7 +16,7 @@ from improved_diffusion.paths import atomic_write
 NUM_FRAMES = 100
 IMAGE_SIZE = 32
 NUM_BALLS = 2
-RADIUS_RANGE = (3.5, 5.0)
+RADIUS_RANGE = (4.0, 5.0)
 SPEED_RANGE = (0.6, 1.4)
 BACKGROUND = np.array([12, 12, 20], dtype=np.float64)
 COLOURS = np.array(
@@ -53,7 +53,7 @@ def simulate(
     num_balls: int = NUM_BALLS,
     size: int = IMAGE_SIZE,
 ) -> Trajectory:
-    """Let balls of random place, speed, size and colour move.
+    """Let balls of random place, speed and size move; each has a colour of its own.
 
     Args:
         rng: where all randomness comes from.
@@ -65,7 +65,6 @@ def simulate(
     """
     if not 1 <= num_balls <= len(COLOURS) or size < 4 * num_balls * RADIUS_RANGE[1] / 2:
         raise ValueError(f"{num_balls} balls in a box of {size} pixels: use fewer or a larger box")
-    colours = COLOURS[rng.permutation(len(COLOURS))[:num_balls]]
     radii = rng.uniform(*RADIUS_RANGE, size=num_balls)
     state = _place(rng, radii, size), _draw_velocities(rng, num_balls)
     positions = np.empty((num_frames, num_balls, 2))
@@ -73,7 +72,7 @@ def simulate(
     for frame in range(num_frames):
         positions[frame], velocities[frame] = state
         state = _advance_frame(*state, radii, size)
-    return Trajectory(positions, velocities, radii, colours, size)
+    return Trajectory(positions, velocities, radii, COLOURS[:num_balls], size)
 
 
 def _place(rng: np.random.Generator, radii: np.ndarray, size: int) -> np.ndarray:

@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RUN_ID = "demo"
 STRATEGIES = ("autoreg", "hierarchy-2")
-T, OBS_LENGTH, STEP_SIZE = 20, 8, 4
+T, OBS_LENGTH, MAX_FRAMES, STEP_SIZE = 20, 8, 16, 6
 WARM_UP_STEPS = 20  # steps that measure the speed of this machine
 
 # A network small enough for a CPU. Predicting clean frames under a cosine schedule gives the
 # frames' overall colour from the first steps on, which predicting the noise learns last.
 TRAINING = (
-    "--dataset=bouncy_balls --num_channels 32 --num_res_blocks 1 --batch_size 8 --max_frames 8 "
-    f"--T {T} --predict_xstart True --noise_schedule cosine --lr 1e-3 --ema_rate 0.995 --ema_warmup True "
-    "--num_workers 0 --sample_interval 0 --save_latest_only True"
+    "--dataset=bouncy_balls --num_channels 32 --num_res_blocks 1 --batch_size 4 "
+    f"--max_frames {MAX_FRAMES} --T {T} --predict_xstart True --noise_schedule cosine "
+    "--diffusion_steps 250 --lr 1e-3 --ema_rate 0.995 --ema_warmup True --num_workers 0 --sample_interval 0 --save_latest_only True"
 )
 SAMPLING = (
-    f"--T {T} --obs_length {OBS_LENGTH} --step_size {STEP_SIZE} --max_frames 8 "
+    f"--T {T} --obs_length {OBS_LENGTH} --step_size {STEP_SIZE} --max_frames {MAX_FRAMES} "
     "--sampler dpmpp2m --timestep_respacing 20"
 )
 
@@ -63,7 +63,7 @@ def run_demo(config: DemoConfig) -> None:
             f"--subset_size {config.num_videos} --batch_size {config.num_videos} --device '{config.device}'",
         )
         base = paths.results_dir(checkpoint, trained_steps(), "_dpmpp2m_respace20")
-        eval_dirs.append(base / paths.inference_mode_str(strategy, 8, STEP_SIZE, T, OBS_LENGTH))
+        eval_dirs.append(base / paths.inference_mode_str(strategy, MAX_FRAMES, STEP_SIZE, T, OBS_LENGTH))
         quoted = shlex.quote(str(eval_dirs[-1]))
         run_script("video_eval.py", f"--eval_dir {quoted} --modes psnr ssim")
         run_script("video_make_gif.py", f"--eval_dir {quoted} --add_gt --grid")
