@@ -32,7 +32,8 @@ WARM_UP_STEPS = 20  # steps that measure the speed of this machine
 TRAINING = (
     "--dataset=bouncy_balls --num_channels 32 --num_res_blocks 1 --batch_size 4 "
     f"--max_frames {MAX_FRAMES} --T {T} --predict_xstart True --noise_schedule cosine "
-    "--diffusion_steps 250 --lr 1e-3 --ema_rate 0.995 --ema_warmup True --num_workers 0 --sample_interval 0 --save_latest_only True"
+    "--diffusion_steps 250 --lr 1e-3 --ema_rate 0.995 --ema_warmup True --num_workers 0 "
+    "--sample_interval 0 --save_latest_only True"
 )
 SAMPLING = (
     f"--T {T} --obs_length {OBS_LENGTH} --step_size {STEP_SIZE} --max_frames {MAX_FRAMES} "
