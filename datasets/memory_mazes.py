@@ -1,8 +1,10 @@
 """Render first-person walks through 3-D mazes: the data set memory_mazes.
 
 They have the form of GQN-Mazes (300 frames of 64x64) and, since about a third of the goals are
-places seen before, they need long memory. The simulator is memory-maze (Pasukonis et al. 2022,
-arXiv 2210.13383), from pip install -e .[mazes]; it draws with MUJOCO_GL=egl (default) or osmesa.
+places seen before, they need long memory. Where the walker was is kept in poses/: float32 [T, 3],
+its place (x, y) in cells and its heading in radians. The simulator is memory-maze (Pasukonis et
+al. 2022, arXiv 2210.13383), from pip install -e .[mazes]; it draws with MUJOCO_GL=egl (default) or
+osmesa.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from improved_diffusion import dist_util
 from improved_diffusion.dataset_files import DATASETS
 from improved_diffusion.paths import atomic_write
 from improved_diffusion.script_util import run_main
 
+logger = logging.getLogger(__name__)
+
 Cell = tuple[int, int]  # (x to the right, y up) from the corner inside the outer wall
+Job = tuple[str, tuple[int, int, int]]  # (the file's name in the data set, the walk's seed)
 
 INNER_CELLS = 7  # side of the maze
 CELL_SIZE = 2.0  # metres
@@ -136,8 +142,11 @@ def make_environment(random: np.random.RandomState) -> tuple[Any, Any]:
     return AgentPositionWrapper(environment, CELL_SIZE, side, side), arena
 
 
-def render_walk(seed: Sequence[int], num_frames: int) -> np.ndarray:
-    """uint8 [num_frames, 64, 64, 3]: one walk, which depends on `seed` alone."""
+def render_walk(seed: Sequence[int], num_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """One walk, which depends on `seed` alone.
+
+    Returns: its frames, uint8 [num_frames, 64, 64, 3], and poses, float32 [num_frames, 3].
+    """
     rng = np.random.default_rng(seed)
     environment, arena = make_environment(np.random.RandomState(rng.integers(2**31)))
     free: set[Cell] = set()
@@ -145,24 +154,36 @@ def render_walk(seed: Sequence[int], num_frames: int) -> np.ndarray:
         step = environment.reset()
         free = free_cells(arena.maze.entity_layer)
     walker = Walker(free, rng)
-    frames = []
+    frames, poses = [], []
     for _ in range(num_frames):
         seen = step.observation
         frames.append(np.array(seen["walker/egocentric_camera"], dtype=np.uint8))
         heading = np.array(seen["agent_dir"])
         place = np.array(seen["agent_pos"])
+        poses.append([*place, np.arctan2(heading[1], heading[0])])
         forward, turn = walker.act(place, heading / np.linalg.norm(heading))
         step = environment.step(np.array([-forward, -turn]))
     environment.close()
-    return np.stack(frames)
+    return np.stack(frames), np.array(poses, dtype=np.float32)
 
 
-def write_walk(job: tuple[Path, tuple[int, ...]], num_frames: int) -> None:
-    """Render one file of the data set, if it is not there from an interrupted run."""
-    path, seed = job
-    if not path.exists():
-        with atomic_write(path) as file:
-            np.save(file, render_walk(seed, num_frames))
+def walk_jobs(seed: int, num_train: int, num_test: int) -> list[Job]:
+    """All walks of the data set: a walk's seed does not depend on how many there are."""
+    return [
+        (f"{partition}/{i}.npy", (seed, stream, i))
+        for stream, partition, number in ((0, "train", num_train), (1, "test", num_test))
+        for i in range(number)
+    ]
+
+
+def write_walk(job: Job, folder: Path, num_frames: int) -> None:
+    """Render one walk into `folder`, if it is not there from an interrupted run."""
+    name, seed = job
+    if not (folder / name).exists():
+        frames, poses = render_walk(seed, num_frames)
+        for path, array in ((folder / "poses" / name, poses), (folder / name, frames)):
+            with atomic_write(path) as file:
+                np.save(file, array)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,23 +194,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num_train", type=int, default=500, help="training videos [500]")
     parser.add_argument("--num_test", type=int, default=100, help="test videos [100]")
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that render [1]")
+    parser.add_argument(
+        "--num_workers", type=int, default=-1, help="processes that render [one per core]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the mazes and the walks [0]")
     args = parser.parse_args(argv)
+    if args.num_train < 1 or args.num_test < 1:
+        raise ValueError("--num_train and --num_test must be at least 1")
+    jobs = walk_jobs(args.seed, args.num_train, args.num_test)
     if spec.root.exists():
-        raise ValueError(f"{spec.root}: exists; remove it to render it again")
+        if not all((spec.root / name).exists() for name, _ in jobs):
+            raise ValueError(f"{spec.root}: exists with fewer videos; remove it to render more")
+        logger.info("%s exists: nothing to do; remove it to render it again", spec.root)
+        return
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-    unfinished = spec.root.with_name(f"{spec.root.name}.partial")
-    jobs = [
-        (unfinished / partition / f"{i}.npy", (args.seed, stream, i))
-        for stream, partition, number in ((0, "train", args.num_train), (1, "test", args.num_test))
-        for i in range(number)
-    ]
+    unfinished = spec.root.with_name(f"{spec.root.name}.seed{args.seed}.partial")
     # Fresh processes: a graphics context does not survive a fork, and the simulator leaks memory.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.num_workers, maxtasksperchild=20) as pool:
-        walks = pool.imap_unordered(functools.partial(write_walk, num_frames=spec.T), jobs)
+    num_workers = args.num_workers if args.num_workers > 0 else dist_util.cores()
+    write = functools.partial(write_walk, folder=unfinished, num_frames=spec.T)
+    with context.Pool(num_workers, maxtasksperchild=20) as pool:
+        walks = pool.imap_unordered(write, jobs)
         for _ in tqdm(walks, desc=f"rendering {spec.name}", total=len(jobs), unit="video"):
             pass
     os.rename(unfinished, spec.root)

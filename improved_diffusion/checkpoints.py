@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -161,6 +162,19 @@ def _stored_step(path: str) -> int:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files that a killed save left in a run's local folder.
+
+    For when nothing writes there: a save under way would lose its file.
+    """
+    if paths.is_remote(folder) or not os.path.isdir(folder):
+        return
+    for file in os.listdir(folder):
+        match = re.fullmatch(r"\.?(\w+_[\w.+-]+\.pt)\.\w+\.tmp", file)
+        if match and paths.parse_checkpoint_name(match[1]):
+            os.unlink(f"{folder}/{file}")
 
 
 def save_run(

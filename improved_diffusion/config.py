@@ -114,6 +114,10 @@ class TrainConfig:
         0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)"
     )
     max_steps: int = option(0, "stop after so many steps, without annealing (0: no limit)")
+    lr_warmup_steps: int = option(0, "raise the rate linearly from 0 over so many steps first")
+    grad_clip: float = option(
+        0.0, "scale the gradient down where its norm is larger than this (0: never)"
+    )
     schedule_sampler: str = option(
         "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
     )
@@ -123,6 +127,12 @@ class TrainConfig:
     save_interval: int = option(50000, "steps between checkpoints")
     sample_interval: int = option(50000, "steps between samples drawn while training (0: never)")
     sample_steps: int = option(50, "DDIM steps of the samples drawn while training")
+    valid_interval: int = option(
+        0,
+        "steps between measurements of valid_loss and valid_bpd (bits per dimension) on test videos "
+        "with the first EMA (0: never)",
+    )
+    valid_videos: int = option(16, "test videos to measure on, the first ones")
     save_latest_only: bool = option(False, "keep only the newest checkpoint (*_latest.pt)")
     keep_checkpoints: int = option(0, "numbered checkpoints to keep (0: all)")
     resume_id: str = option(
@@ -141,11 +151,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("batch_size", "max_frames", "log_interval", "save_interval", "sample_steps"):
+        positive = ("batch_size", "max_frames", "log_interval", "save_interval")
+        for name in (*positive, "sample_steps", "valid_videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr_anneal_steps", "max_steps", "sample_interval", "keep_checkpoints"):
-            if getattr(self, name) < 0:
+        not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")
+        for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if self.use_fp16 and self.precision == "bf16":
             raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
@@ -166,6 +178,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How training is started (scripts/video_train.py); travels nowhere."""
+
+    config: str = option(
+        "",
+        "start from the options in this config.json of a run, all but --resume_id and "
+        "--resume_checkpoint; options on the command line win",
+    )
+    dry_run: bool = option(False, "print the resolved options as JSON and stop", flag=True)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """How the videos of the data set are read (dataset_files.py); travels in the checkpoint."""
 
@@ -176,7 +200,9 @@ class DataConfig:
     test_fraction: float | None = option(
         None, "share of a folder's videos to test with (default: it has train/ and test/)"
     )
-    skip_broken: bool = option(False, "leave out broken or too short training videos, naming them")
+    skip_broken: bool = option(
+        False, "leave out broken or too short training videos, named and counted (False: stop)"
+    )
     cache_dir: str | None = option(None, "copy the files here on first use, and read them here")
 
 
@@ -267,17 +293,35 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class NllConfig(SampleConfig):
+    """Bounds on the likelihood (nll.py): the options of sampling that choose steps and videos."""
+
+    batch_size: int = option(8, "timesteps in one network call, and videos per array task")
+    timestep_respacing: str = option(
+        "", "bound the chain of these timesteps only: an integer or ddim<int> (empty: as trained)"
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """One evaluation (evaluation.py)."""
 
-    eval_dir: str = field(
-        metadata={"help": "evaluation directory: the folder that holds samples/ (required)"}
+    eval_dir: tuple[str, ...] = field(
+        metadata={
+            "help": "evaluation directory: the folder that holds samples/ (required); several are "
+            "compared in one table",
+            "nargs": "+",
+            "item_type": str,
+        }
     )
     num_samples: int | None = option(
         None, "samples per video (default: as many as every video has)"
     )
     modes: tuple[str, ...] = option(
-        ("psnr", "ssim"), "metrics to compute", nargs="+", item_type=str
+        ("psnr", "ssim", "lpips"),
+        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        nargs="+",
+        item_type=str,
     )
     T: int | None = option(None, "length of the videos (default: as sampled)")
     obs_length: int | None = option(None, "observed frames at the start (default: as sampled)")
@@ -286,7 +330,70 @@ class EvalConfig:
         None, "its partition: test or train (default: as sampled)"
     )
     device: str = option("", "torch device (default: cuda if there is one)")
-    batch_size: int = option(8, "videos read at once")
+    batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
+    ssim_data_range: float = option(
+        1.0, "range that SSIM assumes of frames in [0, 1]; 2 reproduces numbers of old scikit-image"
+    )
+    lpips_weights: str | None = option(
+        None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
+    )
+    backend: str = option("torch", "what computes FVD and KVD", choices=("torch", "tensorflow"))
+    resize: str = option(
+        "legacy",
+        "how FVD and KVD scale frames: TF1's way, as published numbers do, or today's",
+        choices=("legacy", "half-pixel"),
+    )
+    i3d_weights: str | None = option(
+        None, "I3D file, or TF-Hub folder (default: what fetch_metric_weights.py stored)"
+    )
+    floor: bool = option(
+        False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
+    )
+    allow_differences: bool = option(
+        False, "compare tables of different n, T, frames or settings all the same", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.dataset_partition not in (None, "test", "train"):
+            raise ValueError(
+                f"--dataset_partition {self.dataset_partition!r} is unknown: choose from test, train"
+            )
+        for name in ("num_samples", "T", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        if self.ssim_data_range <= 0:
+            raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
+
+
+@dataclass(frozen=True)
+class FvdConfig(EvalConfig):
+    """The same evaluation with the metrics of whole videos as its default."""
+
+    modes: tuple[str, ...] = option(
+        ("fvd", "kvd"),
+        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        nargs="+",
+        item_type=str,
+    )
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Pictures of metrics (plots.py)."""
+
+    eval_dir: tuple[str, ...] = field(
+        metadata={
+            "help": "evaluation directories with metrics or elbos/ in them, a curve each (required)",
+            "nargs": "+",
+            "item_type": str,
+        }
+    )
+    out: str | None = option(None, "PNG file to write (default: metrics.png in the first of them)")
+    allow_differences: bool = option(
+        False, "draw tables of different n, T, frames or settings all the same", flag=True
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Source of the releases: Saxena et al. 2021, "Clockwork Variational Autoencoders"
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ import numpy as np
 from improved_diffusion import video_io
 from improved_diffusion.dataset_files import DATASETS, sorted_files
 from improved_diffusion.paths import atomic_write
+
+logger = logging.getLogger(__name__)
 
 PARTITIONS = ("train", "test")
 
@@ -39,14 +42,15 @@ def convert_release(name: str, source: Path) -> Path:
         source: holds {train,test}/ with video files, or is the folder of a prepared
             tensorflow-datasets builder (with dataset_info.json in it).
 
-    Returns: the data set's folder. It appears whole; an interrupted run is continued.
+    Returns: the data set's folder. It appears whole; an interrupted run is continued, and a
+    finished one is left as it is.
 
-    Raises FileNotFoundError for a missing source, ValueError for a broken or too short video or a
-    data set that exists.
+    Raises FileNotFoundError for a missing source, ValueError for a broken or too short video.
     """
     spec = DATASETS[name]
     if spec.root.exists():
-        raise ValueError(f"{spec.root}: exists; remove it to convert {name} again")
+        logger.info("%s exists: nothing to do; remove it to convert %s again", spec.root, name)
+        return spec.root
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give the release's folder as --source")
     unfinished = spec.root.with_name(f"{spec.root.name}.partial")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -61,11 +63,10 @@ def _list_csv(folder: Path, partition: str) -> list[Path]:
 
 
 def _list_split(test_fraction: float, folder: Path, partition: str) -> list[Path]:
-    """A fixed random part of `<folder>/*` for testing, the rest for training."""
-    files = _videos_in(folder)
-    num_test = round(test_fraction * len(files))
-    order = np.random.RandomState(0).permutation(len(files))
-    return [files[i] for i in (order[:num_test] if partition == "test" else order[num_test:])]
+    """The share of `<folder>/*` whose names have the lowest hashes for testing, else the rest."""
+    files = sorted(_videos_in(folder), key=lambda p: hashlib.sha256(p.name.encode()).digest())
+    num_test = math.ceil(test_fraction * len(files) - 1e-9)
+    return files[:num_test] if partition == "test" else files[num_test:]
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,12 @@ DATASETS: dict[str, DatasetSpec] = {
             "memory_mazes", Path("memory_mazes"), 300, 64, 64,
             how_to_make="make it with `python datasets/memory_mazes.py`",
         ),
-        DatasetSpec(
-            "carla_no_traffic", Path("carla/no-traffic"), 1000, 128, 128, _list_csv,
-            how_to_make="download it as datasets/README.md says",
+        *(
+            DatasetSpec(
+                f"carla_{name.replace('-', '_')}", Path("carla") / name, 1000, 128, 128, _list_csv,
+                how_to_make="download it as datasets/README.md says",
+            )
+            for name in ("no-traffic", "with-traffic", "town02-no-traffic")
         ),
     )
 }
@@ -165,8 +169,9 @@ def dataset_spec(
             for testing (None: they lie in train/ and test/).
         skip_broken: leave out training videos that are broken or too short, with a warning.
 
-    Raises ValueError for an unknown name, impossible options, or a folder whose videos differ in
-    size or are not square while no image size is given.
+    Raises ValueError for an unknown name, impossible options, a folder with broken videos (all of
+    them are named) or one whose videos differ in size or are not square while no image size is
+    given.
     """
     if image_size is not None and image_size not in IMAGE_SIZES:
         raise ValueError(f"--image_size {image_size}: choose one of {IMAGE_SIZES}")
@@ -200,10 +205,15 @@ def dataset_spec(
 def _measure_folder(spec: DatasetSpec, image_size: int | None) -> DatasetSpec:
     """`spec` with the T and the image size of the videos in a folder of one's own."""
     shapes: dict[Path, tuple[int, int, int]] = {}
+    faults: list[str] = []
     for partition in ("train", "test"):
         # One of the two folders may be missing, until somebody wants its videos.
         with contextlib.suppress(FileNotFoundError):
-            shapes |= _video_shapes(spec, partition)
+            good, bad = _video_shapes(spec, partition)
+            shapes |= good
+            faults += [] if spec.skip_broken and partition == "train" else bad
+    if faults:
+        raise _unusable(spec, faults)
     if not shapes:
         formats = ", ".join(sorted(video_io.READERS))
         raise FileNotFoundError(
@@ -233,58 +243,77 @@ def sorted_files(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=key)
 
 
-def _video_shapes(spec: DatasetSpec, partition: str) -> dict[Path, tuple[int, int, int]]:
-    """{file: (T, H, W)} of a partition in its order, at the spec's frame rate.
+def _unusable(spec: DatasetSpec, faults: list[str]) -> ValueError:
+    """The error that names all bad files."""
+    if len(faults) == 1:
+        return ValueError(faults[0])
+    return ValueError(f"{spec.root}: {len(faults)} videos cannot be used: {'; '.join(faults)}")
 
-    What the files say is kept in `<folder>/.video_index.json`; changed files are read again.
+
+def _video_shapes(
+    spec: DatasetSpec, partition: str
+) -> tuple[dict[Path, tuple[int, int, int]], list[str]]:
+    """({file: (T, H, W)}, faults of the other files) of a partition in its order.
+
+    T is at the spec's frame rate. What the headers say is kept in `<folder>/.video_index.json`;
+    changed files are read again.
     """
     files = sorted_files(spec.list_files(spec.root, partition))
+    entries, faults = _index_entries(files, spec)
+    shapes = {}
+    for file, (_, (length, height, width), fps) in entries.items():
+        try:
+            step = spec.frame_rate.step(file, fps)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            shapes[file] = (video_io.subsampled_length(length, step), height, width)
+    return shapes, faults
+
+
+def _index_entries(files: list[Path], spec: DatasetSpec) -> tuple[dict[Path, Any], list[str]]:
+    """({file: [[size, mtime], [T, H, W], frames per second]}, faults of the other files).
+
+    Of several processes one reads the headers, the others wait and take what it kept.
+    """
+    from tqdm import tqdm
+
     index_path = spec.root / ".video_index.json"
+    entries, faults = {}, []
     with _file_lock(index_path):
         try:
             old = json.loads(index_path.read_text())
         except (OSError, ValueError):
             old = {}
-        skip_broken = spec.skip_broken and partition == "train"
-        new = _index_entries(files, spec, old, skip_broken=skip_broken)
-        if any(old.get(key) != entry for key, entry in new.items()):
+        for file in tqdm(files, desc=f"indexing {spec.name}", unit="video", delay=1):
+            try:
+                entries[file] = _index_entry(file, old.get(_index_key(file, spec)))
+            except (ValueError, OSError) as error:
+                faults.append(str(error))
+        new = old | {_index_key(file, spec): entry for file, entry in entries.items()}
+        if new != old:
             # A folder that cannot be written to only costs time.
             with contextlib.suppress(OSError), paths.atomic_write(index_path) as output:
-                output.write(json.dumps(old | new).encode())
-    shapes = {}
-    for file in files:
-        if _index_key(file, spec) in new:
-            _, (length, height, width), fps = new[_index_key(file, spec)]
-            step = spec.frame_rate.step(file, fps)
-            shapes[file] = (video_io.subsampled_length(length, step), height, width)
-    return shapes
+                output.write(json.dumps(new).encode())
+    return entries, faults
 
 
 def _index_key(file: Path, spec: DatasetSpec) -> str:
     return file.relative_to(spec.root).as_posix()
 
 
-def _index_entries(
-    files: list[Path], spec: DatasetSpec, old: dict[str, Any], *, skip_broken: bool
-) -> dict[str, Any]:
-    """{key: [[size, mtime], [T, H, W], frames per second]}, from `old` for unchanged files."""
-    from tqdm import tqdm
+def _index_entry(file: Path, old: Any) -> list[Any]:
+    """What the index keeps of a file: `old` where that still holds."""
+    if old and file.is_file() and old[0] == list(_stamp(file)):
+        return old
+    video = video_io.open_video(file)
+    return [list(_stamp(file)), list(video.shape), video.fps]
 
-    entries = {}
-    for file in tqdm(files, desc=f"indexing {spec.name}", unit="video", delay=1):
-        key, stat = _index_key(file, spec), file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if key in old and old[key][0] == stamp:
-            entries[key] = old[key]
-            continue
-        try:
-            video = video_io.open_video(file)
-        except ValueError:
-            if not skip_broken:
-                raise
-        else:
-            entries[key] = [stamp, list(video.shape), video.fps]
-    return entries
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of change: another stamp means other contents."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 # ---------------------------------------------------------------- making and finding files
@@ -344,12 +373,11 @@ def _file_lock(path: Path) -> Iterator[None]:
 def _cached_copy(path: Path, cache_dir: Path) -> Path:
     """The copy of `path` below `cache_dir`, made where it is missing or the file has changed."""
     copy = cache_dir / path.resolve().relative_to("/")
-    stat = path.stat()
-    stamp = (stat.st_size, stat.st_mtime_ns)
-    if not copy.is_file() or (copy.stat().st_size, copy.stat().st_mtime_ns) != stamp:
+    stamp = _stamp(path)
+    if not copy.is_file() or _stamp(copy) != stamp:
         with open(path, "rb") as source, paths.atomic_write(copy) as target:
             shutil.copyfileobj(source, target)
-        os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        os.utime(copy, ns=(stamp[1], stamp[1]))
     return copy
 
 
@@ -381,12 +409,7 @@ class VideoFiles:
         if self.cache_dir is not None and path.is_file():
             path = _cached_copy(path, self.cache_dir)
         video = video_io.open_video(path)
-        _, height, width = video.shape
-        need = self.spec.file_size
-        if need is not None and (height, width) != (need, need):
-            raise ValueError(
-                f"{video.path}: is {height}x{width}, videos of {self.spec.name} are {need}x{need}"
-            )
+        self._require_size(video.path, video.shape[1:])
         return video_io.subsample(video, self.spec.frame_rate.step(path, video.fps))
 
     def read(
@@ -396,29 +419,38 @@ class VideoFiles:
         frames = video_io.centre_crop_resize(video.read(frame_indices), self.spec.image_size)
         return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
 
-    def check_length(self, T: int) -> None:
-        """See that the training videos have T frames; with `skip_broken` leave out what is not fit.
+    def _require_size(self, path: Path, size: tuple[int, int]) -> None:
+        need = self.spec.file_size
+        if need is not None and size != (need, need):
+            raise ValueError(
+                f"{path}: is {size[0]}x{size[1]}, videos of {self.spec.name} are {need}x{need}"
+            )
 
-        Looks at every video of a folder of one's own and with `skip_broken`, else at the first:
-        the others are checked when they are read.
+    def check_training_videos(self, T: int) -> None:
+        """See that the header of every training video is good and tells of at least T frames.
 
-        Raises ValueError naming a video that is shorter or broken, or where none is left.
+        With `skip_broken` videos that are not fit are left out, named and counted.
+
+        Raises ValueError naming all that are not fit, or where none is left.
         """
-        own = self.spec.file_size is None
-        shapes = _video_shapes(self.spec, "train") if own else {}
+        shapes, faults = _video_shapes(self.spec, "train")
         fit = []
-        for i, path in enumerate(self.paths if own or self.spec.skip_broken else self.paths[:1]):
+        for path, (length, *size) in shapes.items():
             try:
-                require_length(path, (shapes.get(path) or self.open(i).shape)[0], T)
+                self._require_size(path, (size[0], size[1]))
+                require_length(path, length, T)
                 fit.append(path)
             except ValueError as error:
-                if not self.spec.skip_broken:
-                    raise
-                logger.warning("left out: %s", error)
+                faults.append(str(error))
+        if faults and not self.spec.skip_broken:
+            raise _unusable(self.spec, faults)
+        for fault in faults:
+            logger.warning("left out: %s", fault)
+        if faults:
+            logger.warning("left out %d of %d training videos", len(faults), len(self))
         if not fit:
             raise ValueError(f"{self.spec.root}: no training video is fit for T={T}")
-        if self.spec.skip_broken:
-            self.paths = fit
+        self.paths = fit
 
 
 def require_length(path: Path, length: int, T: int) -> None:

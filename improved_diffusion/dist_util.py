@@ -6,12 +6,15 @@ functions that compute something.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -22,8 +25,14 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+logger = logging.getLogger(__name__)
+
 # Other ranks wait while rank 0 draws samples or writes checkpoints: above the longest such work.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
+
+JOIN_TIMEOUT = timedelta(minutes=30)  # from the first rank's start to the last one's
+
+LONG_WAIT_S = 600.0  # from then on a rank that waits for the others says so
 
 # MPI_Abort can be quicker than mpiexec's forwarding of what the failing rank just printed.
 LAST_WORDS_S = 1.0
@@ -59,6 +68,20 @@ def launcher() -> str:
     return ""
 
 
+def launch_command() -> str:
+    """What stands before the script's name in a command that starts as many processes."""
+    kind, ranks = launcher(), _world.size
+    if kind == "mpi":
+        return f"mpiexec -n {ranks} python"
+    if kind == "srun":
+        return f"srun -n {ranks} --wait=5 python"
+    if kind == "torchrun":
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        nodes = "--standalone" if per_node == ranks else f"--nnodes={ranks // per_node}"
+        return f"torchrun {nodes} --nproc_per_node={per_node}"
+    return "python"
+
+
 def setup_dist() -> None:
     """Find this process's rank and join the others; call once, before any other function here.
 
@@ -79,13 +102,14 @@ def setup_dist() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
     if _world.size > 1:
-        torch.distributed.init_process_group(
-            backend="nccl" if torch.cuda.is_available() else "gloo",
-            store=store,
-            rank=_world.rank,
-            world_size=_world.size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+        with collective("joining the other ranks"):
+            torch.distributed.init_process_group(
+                backend="nccl" if torch.cuda.is_available() else "gloo",
+                store=store,
+                rank=_world.rank,
+                world_size=_world.size,
+                timeout=COLLECTIVE_TIMEOUT,
+            )
 
 
 def _join_torchrun() -> Any:
@@ -97,7 +121,7 @@ def _join_torchrun() -> Any:
         return None
     import torch
 
-    return next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
+    return next(torch.distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))[0]
 
 
 def _join_mpi() -> Any:
@@ -145,7 +169,7 @@ def _store(host: str, port: int) -> Any:
     import torch
 
     return torch.distributed.TCPStore(
-        host, port, _world.size, _world.rank == 0, COLLECTIVE_TIMEOUT, wait_for_workers=False
+        host, port, _world.size, _world.rank == 0, JOIN_TIMEOUT, wait_for_workers=False
     )
 
 
@@ -206,23 +230,64 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def barrier() -> None:
+@contextlib.contextmanager
+def collective(what: str) -> Iterator[None]:
+    """Around code that waits for other ranks: a long wait, or a failure, is told with `what`."""
+    if _world.size == 1:
+        yield
+        return
+    began = time.monotonic()
+    waiting = "rank %d of %d has waited %.0f s for another rank in: %s"
+    numbers = (_world.rank, _world.size)
+    timer = threading.Timer(LONG_WAIT_S, logger.warning, (waiting, *numbers, LONG_WAIT_S, what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError:
+        took = time.monotonic() - began
+        logger.error("rank %d of %d failed after %.0f s in: %s", *numbers, took, what)
+        raise
+    finally:
+        timer.cancel()
+
+
+def barrier(what: str = "a barrier") -> None:
     """Wait until all ranks are here."""
-    max_over_ranks(0)
+    max_over_ranks(0, what=what)
 
 
-def broadcast_object(value: Value) -> Value:
+def broadcast_object(value: Value, *, what: str = "a broadcast") -> Value:
     """Rank 0's `value` (anything that pickles) on every rank."""
     if _world.size == 1:
         return value
     import torch
 
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0, device=dev())
+    with collective(what):
+        torch.distributed.broadcast_object_list(box, src=0, device=dev())
     return box[0]
+
+
+def gather_objects(value: Value, *, what: str = "a gathering") -> list[Value]:
+    """Every rank's `value` (anything that pickles), in order of ranks, on every rank."""
+    if _world.size == 1:
+        return [value]
+    import torch
+
+    gathered = [value] * _world.size
+    with collective(what):
+        torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def hosts() -> list[str]:
+    """The host name of every rank. All ranks must call."""
+    return gather_objects(socket.gethostname(), what="the names of the hosts")
 
 
 def all_gather(values: Tensor) -> Tensor:
@@ -232,19 +297,21 @@ def all_gather(values: Tensor) -> Tensor:
     import torch
 
     parts = [torch.empty_like(values) for _ in range(_world.size)]
-    torch.distributed.all_gather(parts, values.contiguous())
+    with collective("a gathering of tensors"):
+        torch.distributed.all_gather(parts, values.contiguous())
     return torch.cat(parts)
 
 
-def max_over_ranks(*values: int) -> tuple[int, ...]:
+def max_over_ranks(*values: int, what: str = "a maximum over ranks") -> tuple[int, ...]:
     """The largest of each integer over the ranks."""
     if _world.size == 1:
         return values
     import torch
 
     box = torch.tensor(values, device=dev())
-    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-    return tuple(box.tolist())
+    with collective(what):
+        torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+        return tuple(box.tolist())
 
 
 def mean_over_ranks(
@@ -256,12 +323,7 @@ def mean_over_ranks(
     """
     weights = dict.fromkeys(values, 1.0) if counts is None else counts
     own = {key: (value * weights[key], weights[key]) for key, value in values.items()}
-    gathered: list[dict[str, tuple[float, float]]] = [own]
-    if _world.size > 1:
-        import torch
-
-        gathered = [{}] * _world.size
-        torch.distributed.all_gather_object(gathered, own)
+    gathered = gather_objects(own, what="the means to log")
     keys = dict.fromkeys(key for part in gathered for key in part)
     sums = {key: [part[key] for part in gathered if key in part] for key in keys}
     return {key: sum(v for v, _ in pairs) / sum(n for _, n in pairs) for key, pairs in sums.items()}
@@ -274,7 +336,10 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     device = dev()
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    with collective("the broadcast of the parameters"):
+        return DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None
+        )
 
 
 def cleanup() -> None:
@@ -289,7 +354,7 @@ def cleanup() -> None:
 def abort(code: int) -> NoReturn:
     """End this process, and under MPI all ranks, at once: the others may be waiting for this one.
 
-    torchrun ends its other processes by itself; srun does with --kill-on-bad-exit=1.
+    torchrun ends its other processes by itself; srun does with --wait=5.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -45,8 +45,13 @@ class LossScale:
         return 2.0**self.log2
 
     def update(self, finite: bool) -> None:
-        """Learn whether the step's gradients were finite."""
+        """Learn whether the step's gradients were finite; ValueError for a scale below 1."""
         self.log2 += self.growth if finite else -1.0
+        if self.log2 < 0:
+            raise ValueError(
+                "the float16 loss scale fell below 2^0: gradients are infinite or not a number "
+                "whatever the scale: resume with a lower --lr, or without --use_fp16"
+            )
 
 
 def ema_decay(rate: float, step: int, *, warmup: bool) -> float:

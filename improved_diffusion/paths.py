@@ -201,6 +201,21 @@ def parse_sample_name(name: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
+def metrics_cache_dir(eval_dir: Path) -> Path:
+    """The folder of results per video and sample."""
+    return eval_dir / "metrics_cache"
+
+
+def elbo_path(eval_dir: Path, video: int) -> Path:
+    """The file of one video's variational bounds, `elbo_<video:04d>.npy`."""
+    return eval_dir / "elbos" / f"elbo_{video:04d}.npy"
+
+
+def elbo_partial_path(eval_dir: Path, video: int) -> Path:
+    """The bounds of the first inference steps of a video that is not finished yet."""
+    return eval_dir / "partial" / f"elbo_{video:04d}.npy"
+
+
 def metrics_path(eval_dir: Path, num_videos: int, num_samples: int, video_length: int) -> Path:
     """`metrics_<videos>-<samples>-<T>.pkl`."""
     return eval_dir / f"metrics_{num_videos}-{num_samples}-{video_length}.pkl"

@@ -1,16 +1,22 @@
-"""The identity and the past of a training run: its id, its folder, what it starts from."""
+"""The identity and the past of a training run: its id, folder, start, and config.json."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import logging
 import os
+import platform
 import secrets
 import shlex
 import string
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from improved_diffusion import checkpoints, dist_util, paths
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ID_LETTERS = string.ascii_lowercase + string.digits
+IDENTITY = ("resume_id", "resume_checkpoint")  # options that say which run, not what it computes
 OPTIMISER_KEYS = ("optimizer", "schedule_sampler", "position", "loss_scale_log2")
 
 
@@ -47,7 +54,7 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     --resume_checkpoint, OSError where the folder cannot be made.
     """
     opened = _open_run(config, stored_config) if dist_util.is_main() else None
-    run = dist_util.broadcast_object(opened)
+    run = dist_util.broadcast_object(opened, what="opening the run")
     assert run is not None, "rank 0 opened no run"
     return run
 
@@ -62,6 +69,7 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     _make_folder(folder)
     if not config.resume_id:
         return Run(run_id, folder)
+    checkpoints.remove_leftovers(folder)
     if checkpoints.find_resume_step(folder) is None:
         logger.info("%s holds no complete checkpoint: starting at step 0", folder)
         return Run(run_id, folder)
@@ -92,8 +100,7 @@ def _make_folder(folder: str) -> None:
 def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
     """Refuse another network or process than the saved one; tell of every other change."""
     fixed = {item.name for group in (ModelConfig, DiffusionConfig) for item in fields(group)}
-    identity = {"resume_id", "resume_checkpoint"}
-    changed = [k for k in new if k in old and old[k] != new[k] and k not in identity]
+    changed = [k for k in new if k in old and old[k] != new[k] and k not in IDENTITY]
     for key in changed:
         if key in fixed:
             raise ValueError(
@@ -103,8 +110,86 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) 
         logger.info("--%s was %s before, is %s now", key, old[key], new[key])
 
 
+# ---------------------------------------------------------------- config.json
+
+
+def describe_run(options: Mapping[str, Any], run_id: str | None = None) -> dict[str, Any]:
+    """All that makes a run what it is: options, versions, machines. All ranks must call.
+
+    options: the flat resolved options; run_id: None for a run that has none yet.
+    """
+    import numpy
+    import torch
+
+    device = dist_util.dev()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "run_id": run_id,
+        "options": dict(options),
+        "global_batch_size": options["batch_size"] * dist_util.world_size(),
+        "command": shlex.join(["python", *sys.argv]),
+        "launcher": dist_util.launcher() or "none",
+        "hosts": dist_util.hosts(),  # of every rank
+        "device": device.type if gpu is None else f"{device.type} ({gpu})",
+        "versions": {
+            "code": code_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def code_version() -> str:
+    """The package's version, and the commit where it runs from a git checkout."""
+    version = metadata.version("improved-diffusion")
+    root = Path(__file__).parents[1]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
+        if (root / ".git").exists() and done.returncode == 0:
+            return f"{version}+{done.stdout.strip()}"
+    return version
+
+
+def record_run(run: Run, options: Mapping[str, Any]) -> None:
+    """Write config.json beside the run's checkpoints. All ranks must call."""
+    description = describe_run(options, run.run_id)
+    if not dist_util.is_main():
+        return
+    path = f"{run.folder}/config.json"
+    try:
+        with paths.atomic_write(path) as file:
+            file.write((json.dumps(description, indent=2) + "\n").encode())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def options_of(path: str, known: Collection[str]) -> dict[str, Any]:
+    """The options in a config.json, but for those that say which run it was.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is no such file or has
+    options that are not `known`.
+    """
+    try:
+        options = json.loads(Path(path).read_text())["options"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {path}: no such file") from None
+    except (ValueError, KeyError, TypeError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path}: not the config.json of a training run")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"--config {path}: unknown options {', '.join(unknown)}: take them out")
+    return {key: value for key, value in options.items() if key not in IDENTITY}
+
+
+# ---------------------------------------------------------------- resuming
+
+
 def resume_command(run_id: str) -> str:
-    """This process's command line with --resume_id set to `run_id`."""
+    """This process's command line, launcher and folder's root included, with --resume_id."""
     kept, arguments = [], iter(sys.argv[1:])
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -113,6 +198,7 @@ def resume_command(run_id: str) -> str:
                 next(arguments, None)
         else:
             kept.append(argument)
-    command = shlex.join(["python", sys.argv[0], *kept, "--resume_id", run_id])
-    ranks = dist_util.world_size()
-    return f"mpiexec -n {ranks} {command}" if dist_util.launcher() == "mpi" else command
+    command = shlex.join([sys.argv[0], *kept, "--resume_id", run_id])
+    root = paths.checkpoints_root()
+    variable = "" if root == "checkpoints" else f"DIFFUSION_BLOB_LOGDIR={shlex.quote(root)} "
+    return f"{variable}{dist_util.launch_command()} {command}"

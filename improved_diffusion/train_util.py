@@ -10,32 +10,32 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import resource
+import os
 import signal
-import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
 
-from improved_diffusion import checkpoints, dist_util, fp16_util, video_io
+from improved_diffusion import checkpoints, dist_util, fp16_util, paths, validation, video_io
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.resample import create_schedule_sampler
 from improved_diffusion.rng_util import make_generator
 from improved_diffusion.runs import Run, resume_command
-from improved_diffusion.video_datasets import ShardedSampler, TrainDataset
+from improved_diffusion.train_data import STOP_SIGNALS, train_loader
+from improved_diffusion.video_datasets import TrainDataset
 
 logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start again and it goes on
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FIRST_SAMPLE_STEP = 500
 NUM_SAMPLES = 4
+VALIDATION_STREAM = 1 << 40  # a position that no run reaches: its random numbers are free
 MAX_BAD_STEPS = 5  # updates in a row that may be skipped for numbers that are not finite
 
 Batch = dict[str, Tensor]
@@ -54,6 +54,7 @@ class TrainLoop:
         run: from `open_run`.
         stored_config: the flat options written into checkpoints.
         sample_diffusion: the process to draw samples with (fewer steps).
+        valid_data: items of held-out videos, for --valid_interval.
 
     Raises ValueError for float16 without a GPU and for weights that do not fit the model.
     """
@@ -68,9 +69,11 @@ class TrainLoop:
         run: Run,
         stored_config: Mapping[str, Any],
         sample_diffusion: GaussianDiffusion,
+        valid_data: TrainDataset | None = None,
     ) -> None:
         self.config, self.diffusion, self.data = config, diffusion, data
         self.run, self.stored_config, self.sample_diffusion = run, stored_config, sample_diffusion
+        self.valid_data = valid_data
         self.device = dist_util.dev()
         self._autocast()  # refuses what the device cannot do
         self.step = 0  # optimiser updates done
@@ -124,6 +127,8 @@ class TrainLoop:
         self.log.close()
         if dist_util.is_main():
             logger.info("to resume: %s", resume_command(self.run.run_id))
+        # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
+        dist_util.barrier("the end of the run")
         return self._stop and not self.finished
 
     @property
@@ -145,6 +150,7 @@ class TrainLoop:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule_sampler": self.sampler.state_dict(),
                 "position": self.position,
+                "ranks": dist_util.world_size(),
                 "loss_scale_log2": self.loss_scale.log2 if self.loss_scale else None,
             }
             emas = {rate: {**state, **ema} for rate, ema in self.emas.items()}
@@ -179,6 +185,14 @@ class TrainLoop:
                 # Files hold no memory layout; the fast path needs the parameter's own.
                 if value.shape == param.shape:
                     slots[name] = torch.empty_like(param).copy_(value)
+        ranks = state.opt_state.get("ranks", dist_util.world_size())
+        if ranks != dist_util.world_size() and dist_util.is_main():
+            logger.info(
+                "%d ranks before, %d now: the order of the data and the noise may differ from an "
+                "unbroken run's",
+                ranks,
+                dist_util.world_size(),
+            )
         self.sampler.load_state_dict(state.opt_state["schedule_sampler"])
         if self.loss_scale is not None and state.opt_state["loss_scale_log2"] is not None:
             self.loss_scale.log2 = state.opt_state["loss_scale_log2"]
@@ -199,9 +213,12 @@ class TrainLoop:
             self._to_device(items), t.to(self.device), weights.to(self.device)
         )
         grad_norm = self._grad_norm()
+        self._clip_grad(grad_norm)
         losses = {key: value.tolist() for key, value in terms.items()}
         bad = not math.isfinite(grad_norm) or not all(map(math.isfinite, losses["loss"]))
-        any_bad, any_signal = dist_util.max_over_ranks(int(bad), self._signal)
+        any_bad, any_signal = dist_util.max_over_ranks(
+            int(bad), self._signal, what=f"the end of step {self.step}"
+        )
         self._stop = any_signal > 0
         if self.loss_scale is not None:
             self.loss_scale.update(not any_bad)
@@ -232,11 +249,11 @@ class TrainLoop:
         for start in range(0, batch_size, size):
             part = slice(start, start + size)
             with self._synchronised(start + size >= batch_size):
-                terms = self._losses(
-                    {key: v[part] for key, v in batch.items()}, t[part], noise[part]
-                )
+                items = {key: value[part] for key, value in batch.items()}
+                terms = self._losses(self._network, items, t[part], noise[part])
                 loss = (terms["loss"] * weights[part]).sum() / batch_size
-                (loss * scale).backward()
+                with dist_util.collective(f"the gradients of step {self.step}"):
+                    (loss * scale).backward()
             parts.append(terms)
         return {key: torch.cat([part[key].detach() for part in parts]) for key in parts[0]}
 
@@ -246,10 +263,10 @@ class TrainLoop:
             return contextlib.nullcontext()
         return self.ddp.no_sync()
 
-    def _losses(self, batch: Batch, t: Tensor, noise: Tensor) -> Batch:
+    def _losses(self, network: Any, batch: Batch, t: Tensor, noise: Tensor) -> Batch:
         padding_counts = self.config.pad_with_random_frames
         return self.diffusion.training_losses(
-            self._network,
+            network,
             batch["x0"],
             t,
             model_kwargs=batch,
@@ -273,11 +290,15 @@ class TrainLoop:
             torch._foreach_mul_(grads, 1.0 / self.loss_scale.value)
         return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
 
+    def _clip_grad(self, norm: float) -> None:
+        if 0 < self.config.grad_clip < norm < math.inf:
+            grads = [param.grad for param in self.params.values() if param.grad is not None]
+            torch._foreach_mul_(grads, self.config.grad_clip / norm)
+
     def _update(self) -> None:
         """One step of the optimiser and of the averages."""
-        anneal = self.config.lr_anneal_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * (1 - self.step / anneal if anneal else 1)
+            group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
         self.step += 1
         for rate, ema in self.emas.items():
@@ -286,8 +307,8 @@ class TrainLoop:
 
     def _skip(self, t: Tensor, losses: list[float], grad_norm: float) -> None:
         """Tell of a step whose numbers are not finite; raise where that does not stop."""
-        if self.loss_scale is not None and self.loss_scale.log2 > 0:
-            return  # float16 overflowed: the halved scale is the remedy
+        if self.loss_scale is not None:
+            return  # float16 overflowed: the halved scale is the remedy, and has its own limit
         self._bad_steps += 1
         pairs = zip(losses, t.tolist(), strict=True)
         shown = ", ".join(f"{loss:.4g} at timestep {step}" for loss, step in pairs)
@@ -304,24 +325,7 @@ class TrainLoop:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """Batches from this run's position on, for ever; the time they take is logged."""
-        config = self.config
-        keys = ShardedSampler(
-            len(self.data),
-            rank=dist_util.rank(),
-            world_size=dist_util.world_size(),
-            seed=config.seed,
-            start=self.position,
-        )
-        loader = DataLoader(
-            _ItemsOrErrors(self.data),
-            config.batch_size,
-            sampler=keys,
-            collate_fn=_collate,
-            num_workers=config.num_workers if config.num_workers >= 0 else dist_util.cores() - 1,
-            worker_init_fn=_leave_signals_to_parent,
-            pin_memory=self.device.type == "cuda",
-        )
-        batches = iter(loader)
+        batches = iter(train_loader(self.data, self.config, self.position))
         try:
             while True:
                 began = time.perf_counter()
@@ -334,13 +338,16 @@ class TrainLoop:
             del batches  # ends the workers, who ignore signals, even while a traceback is alive
 
     def _after_update(self) -> None:
-        config = self.config
-        if self.step % config.log_interval == 0:
+        step, config = self.step, self.config
+        validate = config.valid_interval > 0 and step % config.valid_interval == 0
+        if validate:
+            self._validate()
+        if validate or step % config.log_interval == 0:
             self._dump_log()
-        if self.step % config.save_interval == 0:
+        if step % config.save_interval == 0:
             self.save()
         interval = config.sample_interval
-        due = interval > 0 and (self.step == FIRST_SAMPLE_STEP or self.step % interval == 0)
+        due = interval > 0 and (step == FIRST_SAMPLE_STEP or step % interval == 0)
         if due and dist_util.is_main():
             self._draw_samples()
 
@@ -360,15 +367,12 @@ class TrainLoop:
         step, began = self._logged
         self._logged = (self.step, time.perf_counter())
         self.log.add("steps_per_second", (self.step - step) / (self._logged[1] - began))
-        self.log.add("peak_memory_gb", _peak_memory_gb(self.device))
+        self.log.add("peak_memory_gb", dist_util.peak_memory_gb(self.device))
         self.log.dump(self.step)
 
-    @torch.no_grad()
-    def _draw_samples(self) -> None:
-        """Sample the latent frames of a few fixed items with the first EMA; write them as gifs.
-
-        Each item by itself, without its padding: the network is to see real frames only.
-        """
+    @contextlib.contextmanager
+    def _ema_network(self) -> Iterator[Any]:
+        """The network with the weights of the first EMA, without dropout and gradients."""
         ema = next(iter(self.emas.values()))
 
         def network(*args: Any, **kwargs: Any) -> Tensor:
@@ -376,31 +380,54 @@ class TrainLoop:
                 return torch.func.functional_call(self.model, ema, args, kwargs)
 
         self.model.eval()
-        files = []
-        for index in range(min(NUM_SAMPLES, len(self.data))):
-            if self._signal:
-                break
-            path = f"{self.run.folder}/samples/sample_{self.step:06d}_{index}.gif"
-            self._draw_sample(network, index, path)
-            files.append(path)
+        with torch.no_grad():
+            yield network
         self.model.train()
+
+    def _validate(self) -> None:
+        """Log valid_loss and valid_bpd, each a mean over the first test videos. All ranks call.
+
+        Masks, timesteps and noise of a video are the same every time.
+        """
+        assert self.valid_data is not None, "--valid_interval without held-out videos"
+        videos = min(self.config.valid_videos, len(self.valid_data))
+        values, timesteps = [], self.diffusion.num_timesteps
+        with self._ema_network() as network:
+            for index in range(dist_util.rank(), videos, dist_util.world_size()):
+                if self._signal:
+                    break
+                generator = make_generator(self.config.seed, VALIDATION_STREAM, index)
+                t = int((index + torch.rand((), generator=generator)) * timesteps / videos)
+                item = self._item(self.valid_data, index)
+                loss = validation.held_out_loss(
+                    lambda *args: self._losses(network, *args), item, t, generator
+                )
+                item = validation.without_padding(item)
+                bits = validation.bits_per_dim(self.diffusion, network, item, generator)
+                values.append((loss, bits))
+        if not any(dist_util.max_over_ranks(self._signal, what="validation")):
+            for loss, bits in values:
+                self.log.add("valid_loss", loss)
+                self.log.add("valid_bpd", bits)
+
+    def _draw_samples(self) -> None:
+        """Sample the latent frames of a few fixed items with the first EMA; write them as gifs."""
+        files = []
+        with self._ema_network() as network:
+            for index in range(min(NUM_SAMPLES, len(self.data))):
+                if self._signal:
+                    break
+                path = f"{self.run.folder}/samples/sample_{self.step:06d}_{index}.gif"
+                generator = make_generator(self.config.seed, index)
+                item = self._item(self.data, index)
+                frames = validation.draw_sample(self.sample_diffusion, network, item, generator)
+                video_io.write_video(path, frames)
+                files.append(path)
         self.log.videos(files, self.step)
 
-    def _draw_sample(self, network: Any, index: int, path: str) -> None:
-        batch = self._to_device({key: value[None] for key, value in self.data[0, index].items()})
-        real = (batch["obs_mask"] + batch["latent_mask"]).flatten() > 0
-        order = batch["frame_indices"][0, real].argsort()
-        batch = {key: value[:, real][:, order] for key, value in batch.items()}
-        sample = self.sample_diffusion.ddim_sample_loop(
-            network,
-            batch["x0"].shape,
-            model_kwargs=batch,
-            latent_mask=batch["latent_mask"],
-            generator=make_generator(self.config.seed, index),
-        )
-        observed = batch["obs_mask"].flatten().cpu().numpy() > 0
-        frames = video_io.add_border(video_io.to_uint8(sample[0].cpu()), observed)
-        video_io.write_video(path, frames.transpose(0, 2, 3, 1))
+    def _item(self, data: TrainDataset, index: int) -> Batch:
+        """One item, always the same, as a batch on the device."""
+        return self._to_device({key: value[None] for key, value in data[0, index].items()})
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
@@ -420,34 +447,26 @@ class TrainLoop:
 
     def _introduce(self) -> None:
         """What this run is, in a few lines."""
+        hosts = Counter(dist_util.hosts())
         if not dist_util.is_main():
             return
         ranks, batch_size = dist_util.world_size(), self.config.batch_size
-        logger.info("ranks: %d, device: %s", ranks, self.device)
-        logger.info(
-            "run id: %s, folder: %s, at step %d", self.run.run_id, self.run.folder, self.step
-        )
+        launcher = dist_util.launcher() or "none"
+        logger.info("ranks: %d, device: %s, launcher: %s", ranks, self.device, launcher)
+        logger.info("hosts: %s", ", ".join(f"{host} x {n}" for host, n in hosts.items()))
+        folder = self.run.folder
+        folder = folder if paths.is_remote(folder) else os.path.abspath(folder)
+        logger.info("run id: %s, folder: %s, at step %d", self.run.run_id, folder, self.step)
         logger.info("batch size: %d per rank, %d over all ranks", batch_size, batch_size * ranks)
         logger.info("parameters: %d", sum(param.numel() for param in self.params.values()))
+        logger.info("should it be killed: %s", resume_command(self.run.run_id))
 
 
-class _ItemsOrErrors(Dataset[Any]):
-    """Training items, or what reading one raised: a worker would wrap that in its own traceback."""
-
-    def __init__(self, data: TrainDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        try:
-            return self.data[key]
-        except (ValueError, OSError) as error:
-            return error
-
-
-def _collate(items: list[Any]) -> Any:
-    """A batch of the items, or the first error among them."""
-    errors = [item for item in items if isinstance(item, Exception)]
-    return errors[0] if errors else default_collate(items)
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of the update that follows `step` updates: linear warm-up, linear annealing."""
+    warmup, anneal = config.lr_warmup_steps, config.lr_anneal_steps
+    rate = config.lr * (1 - step / anneal if anneal else 1)
+    return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -460,17 +479,3 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    """The most memory this rank has held so far, in 10^9 bytes: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """A signal to the whole process group must not take the data away before the run has saved."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

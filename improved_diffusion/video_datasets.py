@@ -6,6 +6,7 @@ Frames are uint8 here; the training loop turns them into [-1, 1] on the device.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from improved_diffusion.dataset_files import (
     require_length,
 )
 from improved_diffusion.frame_masks import draw_frames
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DATASETS",
@@ -56,6 +59,7 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         self.max_frames = max_frames
         self.seed = seed
         self.pad_with_random_frames = pad_with_random_frames
+        self._faults: set[str] = set()  # what was found by this process and left out
 
     def __len__(self) -> int:
         return len(self.files)
@@ -63,9 +67,23 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         """The item of video `index` in epoch `epoch`; key: (epoch, index).
 
-        Raises ValueError that names the file where it is broken or too short.
+        With the data set's `skip_broken` the next good video stands in for one whose header was
+        good but whose frames are not. Else raises ValueError that names a broken file.
         """
         epoch, index = key
+        for stand_in in range(index, index + len(self)):
+            try:
+                return self._item(epoch, stand_in % len(self))
+            except ValueError as error:
+                if not self.files.spec.skip_broken:
+                    raise
+                fault = str(error)
+            if fault not in self._faults:
+                self._faults.add(fault)
+                logger.warning("left out, number %d of this process: %s", len(self._faults), fault)
+        raise ValueError(f"{self.files.spec.root}: no training video can be read")
+
+    def _item(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, epoch, index])
         observed, latent = draw_frames(self.T, self.max_frames, rng)
         indices = np.concatenate([observed, latent])
@@ -138,13 +156,15 @@ def get_train_dataset(
         pad_with_random_frames: fill items up with frames of another video instead of zeros.
         cache_dir: copy files below this folder on first use, and read them there.
 
-    Raises ValueError for T below 1 or above the length of a video, and as `dataset_spec`;
-    FileNotFoundError as `prepare_dataset`.
+    The headers of all training videos are looked at, once for all processes.
+
+    Raises ValueError for T below 1, and naming all videos that are broken, of another size than
+    their set or shorter than T, and as `dataset_spec`; FileNotFoundError as `prepare_dataset`.
     """
     if T < 1 or max_frames < 1:
         raise ValueError(f"--T {T}, --max_frames {max_frames}: both must be at least 1")
     files = VideoFiles(_resolve(name, image_size), "train", cache_dir)
-    files.check_length(T)
+    files.check_training_videos(T)
     return TrainDataset(
         files, T=T, max_frames=max_frames, seed=seed, pad_with_random_frames=pad_with_random_frames
     )

@@ -6,7 +6,9 @@ A video in memory is uint8 [T, H, W, 3] here, as files hold it.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import functools
+import mmap
 import os
 import pickle
 import re
@@ -114,14 +116,35 @@ def _broken(path: Path, error: object) -> ValueError:
     return ValueError(f"{path}: broken {path.suffix} file ({reason}): make it again or remove it")
 
 
-def _from_array(path: Path, array: Any) -> OpenVideo:
-    """`array`: a numpy array or a tensor, perhaps memory-mapped."""
+def _from_array(path: Path, array: Any, mapped_at: int | None = None) -> OpenVideo:
+    """`array`: a numpy array or a tensor; `mapped_at`: its address if it is mapped, frame by frame."""
     shape = tuple(array.shape)
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype != "uint8" or len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"{path}: holds {dtype} {list(shape)}, need uint8 [T, H, W, 3]")
-    # A copy, so that nobody writes to the file or keeps it open.
-    return OpenVideo(path, shape[:3], lambda indices: np.array(array[indices]))
+    frame_bytes = shape[1] * shape[2] * shape[3]
+    if mapped_at is not None:
+        # Else the kernel reads ahead after each frame, in the end the whole file.
+        _advise(mapped_at, shape[0] * frame_bytes, mmap.MADV_RANDOM)
+
+    def read_frames(indices: Sequence[int]) -> np.ndarray:
+        if mapped_at is not None:
+            for index in indices:
+                _advise(mapped_at + index * frame_bytes, frame_bytes, mmap.MADV_WILLNEED)
+        return np.array(array[indices])  # a copy: nobody writes to the file or keeps it open
+
+    return OpenVideo(path, shape[:3], read_frames)
+
+
+def _advise(address: int, num_bytes: int, advice: int) -> None:
+    """Tell the kernel how mapped memory will be used; only a hint, so it may be refused."""
+    start = address - address % mmap.PAGESIZE
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + num_bytes - start), advice)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _open_npy(path: Path) -> OpenVideo:
@@ -132,7 +155,7 @@ def _open_npy(path: Path) -> OpenVideo:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise _broken(path, error) from None
-    return _from_array(path, array)
+    return _from_array(path, array, array.ctypes.data if array.flags.c_contiguous else None)
 
 
 def _open_npz(path: Path) -> OpenVideo:
@@ -162,7 +185,7 @@ def _open_pt(path: Path) -> OpenVideo:
     if not isinstance(video, torch.Tensor):
         kind = type(video).__name__
         raise ValueError(f"{path}: holds a {kind}, need a uint8 tensor [T, H, W, 3]")
-    return _from_array(path, video)
+    return _from_array(path, video, video.data_ptr() if is_zip and video.is_contiguous() else None)
 
 
 def _open_gif(path: Path) -> OpenVideo:

@@ -1,4 +1,8 @@
-"""Score samples against the test videos; writes <eval_dir>/metrics_<videos>-<samples>-<T>.pkl."""
+"""Score samples against the test videos; writes <eval_dir>/metrics_<videos>-<samples>-<T>.pkl.
+
+Several evaluation directories are printed as one table. As a SLURM array job, task i scores the
+i-th batch of videos, and the task that completes the table writes it.
+"""
 
 import argparse
 
@@ -14,9 +18,9 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(EvalConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.evaluation import evaluate, format_table
+    from improved_diffusion.evaluation import run
 
-    print(format_table(evaluate(config)))
+    run(config)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    LaunchConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from improved_diffusion.script_util import (
     add_arguments,
     config_from_args,
     create_train_loop,
+    parse_with_config,
+    resolve_train_options,
     run_main,
 )
 
@@ -17,12 +26,12 @@ GROUPS = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
 
 EPILOG = """\
 Writes to checkpoints/<run id>/ (root: DIFFUSION_BLOB_LOGDIR): model_<step>.pt,
-ema_<rate>_<step>.pt, opt_<step>.pt and *_latest.pt, progress.csv, samples/. The run id is also the
-one at wandb (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
+ema_<rate>_<step>.pt, opt_<step>.pt and *_latest.pt, config.json, progress.csv, samples/. The run id is
+also the one at wandb (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
 
 SIGTERM, SIGINT or SIGUSR1 at any one rank: all ranks finish the step, save, and exit with code 75;
 --resume_id goes on from there. Exit code 1: an error, told in one line; 0: all steps done.
-Under srun add --kill-on-bad-exit=1, so that an error at one rank ends them all.
+Under srun add --wait=5, so that an error at one rank ends them all; torchrun turns 75 into 1.
 """
 
 
@@ -31,20 +40,28 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, *GROUPS)
+    add_arguments(parser, *GROUPS, LaunchConfig)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, run."""
-    args = create_argparser().parse_args(argv)
-    configs = [config_from_args(group, args) for group in GROUPS]
+    args = parse_with_config(create_argparser(), argv)
+    train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
+    from improved_diffusion.runs import describe_run
     from improved_diffusion.train_util import EXIT_INTERRUPTED
 
     dist_util.setup_dist()
-    interrupted = create_train_loop(*configs).run_loop()
+    interrupted = False
+    if args.dry_run:
+        train, model, _ = resolve_train_options(train, data, model)
+        description = describe_run({**vars(train), **vars(data), **vars(model), **vars(diffusion)})
+        if dist_util.is_main():
+            print(json.dumps(description, indent=2))
+    else:
+        interrupted = create_train_loop(train, data, model, diffusion).run_loop()
     dist_util.cleanup()
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)

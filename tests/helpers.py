@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from golden_fill import weights
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.script_util import create_train_loop
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,3 +67,22 @@ def make_checkpoint(path: Path, dataset: Path | str, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": state, "config": config | options, "step": 1234}, path)
     return path
+
+
+def train_one_step(dataset: str, data: DataConfig | None = None, max_frames: int = 3) -> str:
+    """Train a tiny network of 32x32 for one step in the current folder; returns its EMA's path."""
+    train = TrainConfig(
+        dataset=dataset,
+        max_frames=max_frames,
+        batch_size=2,
+        num_workers=0,
+        max_steps=1,
+        sample_interval=0,
+        resume_id="tiny",
+    )
+    model = ModelConfig(
+        image_size=32, num_channels=32, num_res_blocks=1, attention_resolutions="4"
+    )
+    diffusion = DiffusionConfig(diffusion_steps=3, noise_schedule="cosine", predict_xstart=True)
+    create_train_loop(train, data or DataConfig(), model, diffusion).run_loop()
+    return "checkpoints/tiny/ema_0.9999_latest.pt"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from helpers import train_one_step
 from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.dataset_conversion import convert_release
@@ -26,7 +28,7 @@ def videos():
 @pytest.fixture(autouse=True)
 def short_videos_in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("mazes_cwvae", "minerl"):
+    for name in ("mazes_cwvae", "minerl", "carla_town02_no_traffic"):
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], T=T))
 
 
@@ -62,6 +64,18 @@ def test_a_folder_of_mp4_files_becomes_the_data_set(tmp_path, videos, script, na
         clip = source / "test" / f"clip_{8 + i}.mp4"
         np.testing.assert_array_equal(frames, video_io.read_video(clip))
         assert np.abs(frames.astype(float) - video).mean() < 6
+    assert Path(train_one_step(name)).is_file()
+
+
+@pytest.mark.parametrize("script, name", [("mazes.py", "mazes_cwvae"), ("minerl.py", "minerl")])
+def test_converting_a_second_time_does_nothing(tmp_path, videos, script, name, caplog):
+    source = write_release(tmp_path / "release", videos)
+    caplog.set_level("INFO")
+    run_script(script, "--source", source)
+    before = {path: path.stat().st_mtime_ns for path in DATASETS[name].root.rglob("*")}
+    assert run_script(script, "--source", source) in (0, None)
+    assert {path: path.stat().st_mtime_ns for path in DATASETS[name].root.rglob("*")} == before
+    assert f"exists: nothing to do; remove it to convert {name} again" in caplog.text
 
 
 def test_an_interrupted_conversion_goes_on_and_never_looks_finished(tmp_path, videos):
@@ -120,9 +134,6 @@ def test_wrong_sources_are_refused(tmp_path, videos):
     source = write_release(tmp_path / "release", [videos[0][:5]])
     with pytest.raises(ValueError, match=r"clip_8\.mp4: has 5 frames, need 8"):
         convert_release("minerl", source)
-    DATASETS["minerl"].root.mkdir(parents=True)
-    with pytest.raises(ValueError, match="minerl_navigate-torch: exists; remove it"):
-        convert_release("minerl", source)
 
 
 def test_a_users_mistake_is_one_line_and_an_exit_code(tmp_path, capsys):
@@ -140,6 +151,19 @@ def test_the_last_hundred_carla_videos_are_the_test_set(tmp_path):
     assert train == [",path", "0,video_1.pt", "1,video_2.pt", "2,video_3.pt"]
     assert (len(test), test[0]) == (101, ",path")
     assert (test[1], test[100]) == ("0,video_4.pt", "99,video_103.pt")
+
+
+def test_carla_files_are_trained_on_with_their_split_which_is_written_once(tmp_path):
+    root = DATASETS["carla_town02_no_traffic"].root
+    root.mkdir(parents=True)
+    video = torch.zeros(T, 128, 128, 3, dtype=torch.uint8)
+    for i in range(102):
+        torch.save(video, root / f"video_{i}.pt")
+    run_script("carla/make_train_test_split.py", "--dir", root)
+    before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    run_script("carla/make_train_test_split.py", "--dir", root)
+    assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
+    assert Path(train_one_step("carla_town02_no_traffic")).is_file()
 
 
 def test_too_few_carla_videos_are_refused(tmp_path, capsys):

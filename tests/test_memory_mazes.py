@@ -51,6 +51,35 @@ def test_without_the_simulator_the_error_says_what_to_install(mazes, monkeypatch
 
 def test_a_finished_data_set_is_not_rendered_again(mazes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "datasets/memory_mazes").mkdir(parents=True)
-    with pytest.raises(ValueError, match="memory_mazes: exists; remove it"):
-        mazes["main"](["--num_train", "1"])
+    for partition in ("train", "test"):
+        (tmp_path / "datasets/memory_mazes" / partition).mkdir(parents=True)
+        (tmp_path / "datasets/memory_mazes" / partition / "0.npy").touch()
+    before = sorted(tmp_path.rglob("*"))
+    mazes["main"](["--num_train", "1", "--num_test", "1"])
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="memory_mazes: exists with fewer videos; remove it"):
+        mazes["main"](["--num_train", "2", "--num_test", "1"])
+
+
+def test_an_interrupted_rendering_goes_on_and_keeps_poses_beside(mazes, tmp_path, monkeypatch):
+    rendered = []
+
+    def render(seed, num_frames):
+        rendered.append(seed)
+        return np.zeros((num_frames, 2, 2, 3), np.uint8), np.ones((num_frames, 3), np.float32)
+
+    monkeypatch.setitem(mazes["write_walk"].__globals__, "render_walk", render)
+    jobs = mazes["walk_jobs"](7, 2, 1)
+    for job in (jobs[0], *jobs):
+        mazes["write_walk"](job, tmp_path, 4)
+    assert rendered == [(7, 0, 0), (7, 0, 1), (7, 1, 0)]
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.npy"))
+    videos = ["test/0.npy", "train/0.npy", "train/1.npy"]
+    assert names == sorted([*videos, *(f"poses/{name}" for name in videos)])
+    assert np.load(tmp_path / "poses/test/0.npy").shape == (4, 3)
+
+
+def test_a_walk_has_its_seed_whatever_the_number_of_walks(mazes):
+    few, many = mazes["walk_jobs"](0, 1, 1), mazes["walk_jobs"](0, 5, 5)
+    assert set(few) < set(many) and len(set(many)) == 10
+    assert not {seed for _, seed in mazes["walk_jobs"](1, 5, 5)} & {seed for _, seed in many}

@@ -1,24 +1,33 @@
 """Training from end to end: alone, over ranks, stopped and resumed, and when things go wrong."""
 
 import contextlib
-import csv
 import math
 import os
 import resource
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from improved_diffusion import checkpoints, dist_util, fp16_util, runs, train_util
-from train_runs import SCRIPT, environment, flags, make_loop, make_videos, train
-
-ROOT = Path(__file__).parents[1]
+from improved_diffusion import checkpoints, dist_util, fp16_util, train_util
+from improved_diffusion.config import TrainConfig
+from train_runs import (
+    ROOT,
+    SCRIPT,
+    assert_same_run,
+    column,
+    environment,
+    equal,
+    flags,
+    make_loop,
+    make_videos,
+    train,
+    wake_up,
+)
 
 
 @pytest.fixture
@@ -34,30 +43,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def equal(a, b):
-    """Whether two nested states are the same bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def assert_same_run(first, second):
-    first, second = checkpoints.load_run(str(first)), checkpoints.load_run(str(second))
-    assert first.step == second.step
-    assert equal(first.model_state, second.model_state)
-    assert equal(first.ema_states, second.ema_states)
-    assert equal(first.opt_state, second.opt_state)
-
-
-def column(folder, name):
-    with open(Path(folder) / "progress.csv", newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -67,7 +52,7 @@ def test_the_command_trains_saves_and_says_how_to_resume(videos, tmp_path):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     kinds = ("model", "ema_0.9", "ema_0.99", "opt")
     expected = {f"{kind}_{step}.pt" for kind in kinds for step in ("000002", "000004", "latest")}
-    assert {path.name for path in folder.iterdir()} == expected | {"progress.csv"}
+    assert {path.name for path in folder.iterdir()} == expected | {"progress.csv", "config.json"}
     assert column(folder, "step") == ["1", "2", "3", "4"]
     assert all(
         math.isfinite(float(x)) for x in column(folder, "loss") + column(folder, "grad_norm")
@@ -82,16 +67,6 @@ def test_the_command_trains_saves_and_says_how_to_resume(videos, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("to resume: python") and last.endswith(f"--resume_id {folder.name}")
     assert checkpoints.load_weights(str(folder / "model_latest.pt")).config["image_size"] == 32
-
-
-def test_the_resume_command_of_an_mpi_run_replaces_old_resume_options(monkeypatch):
-    monkeypatch.setenv("PMI_RANK", "0")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", "--T=3", "--resume_id", "a", "--resume_checkpoint=x y", "--lr", "1"],
-    )
-    assert runs.resume_command("p/b") == "mpiexec -n 1 python train.py --T=3 --lr 1 --resume_id p/b"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +135,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(videos, tmp_pat
     assert done.returncode == 1
     assert "cannot write checkpoints/full/model_000002.pt: File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [path.name for path in (tmp_path / "checkpoints" / "full").iterdir()] == ["progress.csv"]
+    left = {path.name for path in (tmp_path / "checkpoints" / "full").iterdir()}
+    assert left == {"progress.csv", "config.json"}
 
 
 # ---------------------------------------------------------------- resuming
@@ -211,6 +187,17 @@ def test_resume_checkpoint_starts_a_new_run_from_the_weights(videos):
     assert all(equal(ema, weights) for ema in loop.emas.values())
 
 
+def test_files_that_a_killed_save_left_are_removed_on_resuming(videos):
+    make_loop(videos, resume_id="run", max_steps=1).run_loop()
+    folder = Path("checkpoints/run")
+    before = {path.name for path in folder.iterdir()}
+    mine = folder / ".hidden.tmp"
+    for name in (".opt_000002.pt.ab_12x.tmp", "ema_0.99_latest.pt.77.tmp", mine.name):
+        (folder / name).write_bytes(b"half")
+    make_loop(videos, resume_id="run")
+    assert {path.name for path in folder.iterdir()} == before | {mine.name}
+
+
 def test_the_folder_root_comes_from_the_environment(videos, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "elsewhere"))
     make_loop(videos, resume_id="run", max_steps=1).run_loop()
@@ -224,14 +211,6 @@ def gradients(loop):
     loop._update = lambda: None
     loop.run_step(next(loop._batches()))
     return [param.grad for param in loop.model.parameters()]
-
-
-def wake_up(loop):
-    """Replace the zeros that much of the network starts with, so that all gradients count."""
-    with torch.no_grad():
-        for param in loop.model.parameters():
-            param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
-    return loop
 
 
 @pytest.mark.parametrize("microbatch", [1, 2])
@@ -285,6 +264,26 @@ def test_the_average_follows_its_formula():
     assert fp16_util.ema_decay(0.5, 1000, warmup=True) == 0.5
 
 
+def test_the_rate_warms_up_then_anneals():
+    config = TrainConfig(dataset="x", lr=1.0, lr_warmup_steps=4, lr_anneal_steps=10)
+    rates = [train_util.learning_rate(config, step) for step in (0, 1, 3, 5, 9)]
+    assert rates == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(1e-3, True), (1e3, False), (0.0, False)])
+def test_a_gradient_longer_than_the_limit_is_cut_to_it(videos, limit, clipped):
+    def norm(grads):
+        return float(torch.cat([grad.flatten() for grad in grads]).norm())
+
+    plain = gradients(wake_up(make_loop(videos)))
+    loop = wake_up(make_loop(videos, grad_clip=limit))
+    cut = gradients(loop)
+    assert 1e-2 < norm(plain) < 1e2
+    assert norm(cut) == pytest.approx(limit if clipped else norm(plain), rel=1e-4)
+    loop.log.add("x", 0)
+    assert loop.log.dump(1)["grad_norm"] == pytest.approx(norm(plain), rel=1e-4)  # before the cut
+
+
 def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
     scale = fp16_util.LossScale(0.001)
     start = scale.value
@@ -300,6 +299,15 @@ def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
     scaled.loss_scale = fp16_util.LossScale(0.001)
     assert equal(gradients(plain), gradients(scaled))
     assert scaled.loss_scale.log2 == fp16_util.LossScale.INITIAL_LOG2 + 0.001
+
+
+def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
+    loop = make_loop(videos)
+    loop.loss_scale = fp16_util.LossScale(0.001)
+    loop.loss_scale.log2 = 0.5
+    spoil(loop, {0})
+    with pytest.raises(ValueError, match="the float16 loss scale fell below 2.0: .* --use_fp16"):
+        loop.run_step(next(loop._batches()))
 
 
 def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
@@ -431,110 +439,3 @@ def wait_for(path, process, limit_s=60):
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-
-
-# ---------------------------------------------------------------- ranks
-
-
-def rank_script(folder, body):
-    """A training script in which `body` may change TrainLoop before it runs."""
-    script = folder / "ranks.py"
-    script.write_text(
-        "import os, signal, sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-        "import video_train\n"
-        "from improved_diffusion import dist_util, train_util\n"
-        "from improved_diffusion.script_util import run_main\n"
-        "Loop, update = train_util.TrainLoop, train_util.TrainLoop._update\n"
-        + textwrap.dedent(body)
-        + "\nrun_main(video_train.main)\n"
-    )
-    return str(script)
-
-
-def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_path):
-    body = """
-        def checked(self):
-            grads = torch.cat([p.grad.flatten() for p in self.params.values()])
-            update(self)
-            values = torch.cat([p.detach().flatten() for p in self.params.values()])
-            for name, own in (("gradients", grads), ("parameters", values)):
-                both = dist_util.all_gather(own[None])
-                assert torch.equal(both[0], both[1]), name
-            if dist_util.is_main():
-                print("equal at", self.step, flush=True)
-
-        Loop._update = checked
-    """
-    done = train(
-        tmp_path,
-        *flags(videos, microbatch=1, num_workers=1, resume_id="run"),
-        ranks=2,
-        script=rank_script(tmp_path, body),
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"equal at {step}" for step in (1, 2, 3, 4)]
-    assert (
-        "ranks: 2, device: cpu" in done.stderr and "batch size: 2 per rank, 4 over" in done.stderr
-    )
-    assert checkpoints.load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 16
-
-
-def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_one(
-    videos, tmp_path
-):
-    body = """
-        def stopped(self):
-            update(self)
-            if self.step == 1 and dist_util.rank() == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-
-        options = sys.argv[1:]
-        sys.argv[1:] = [*options, "--resume_id=whole"]
-        video_train.main()
-        sys.argv[1:] = [*options, "--resume_id=parts"]
-        Loop._update = stopped
-        try:
-            video_train.main()
-        except SystemExit as stop:
-            print("exit", stop.code, flush=True)
-        Loop._update = update
-    """
-    done = train(
-        tmp_path,
-        *flags(videos, save_interval=100, max_steps=3),
-        ranks=2,
-        script=rank_script(tmp_path, body),
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["exit", str(train_util.EXIT_INTERRUPTED)] * 2
-    assert "to resume: mpiexec -n 2 python" in done.stderr
-    assert "parts, at step 2" in done.stderr
-    assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
-
-
-@pytest.mark.parametrize(
-    "error", ["ValueError('rank one is ill')", "RuntimeError('rank one is ill')"]
-)
-def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path, error):
-    body = f"""
-        def fails(self):
-            update(self)
-            if self.step == 1 and dist_util.rank() == 1:
-                open("failed", "w").close()
-                raise {error}
-
-        Loop._update = fails
-    """
-    done = train(
-        tmp_path, *flags(videos, num_workers=1), ranks=2, script=rank_script(tmp_path, body)
-    )
-    took = time.time() - (tmp_path / "failed").stat().st_mtime
-    assert done.returncode != 0 and took < 10
-    assert "rank one is ill" in done.stderr
-
-
-def test_a_mistake_under_mpiexec_ends_all_ranks_in_one_line(videos, tmp_path):
-    done = train(tmp_path, *flags(videos, T=100), ranks=2)
-    assert done.returncode != 0
-    assert "need T=100" in done.stderr and "Traceback" not in done.stderr

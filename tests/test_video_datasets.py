@@ -1,6 +1,8 @@
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import train_runs
 from improved_diffusion import bouncy_balls, video_io
 from improved_diffusion.dataset_files import VideoFiles, sorted_files
 from improved_diffusion.video_datasets import (
@@ -69,6 +72,8 @@ def test_the_published_sets_are_known_without_their_files(in_tmp):
         "minerl": ("datasets/minerl_navigate-torch", 500, 64),
         "memory_mazes": ("datasets/memory_mazes", 300, 64),
         "carla_no_traffic": ("datasets/carla/no-traffic", 1000, 128),
+        "carla_with_traffic": ("datasets/carla/with-traffic", 1000, 128),
+        "carla_town02_no_traffic": ("datasets/carla/town02-no-traffic", 1000, 128),
         "bouncy_balls": ("datasets/bouncing_balls_100", 100, 32),
     }
     assert dataset_spec("minerl").T == 500
@@ -227,9 +232,8 @@ def test_a_video_shorter_than_T_is_named(folder, in_tmp):
     with pytest.raises(ValueError, match=r"train/0\.npy: has 7 frames, need T=300: "):
         get_train_dataset("mazes_cwvae", T=300, max_frames=5)
     np.save(root / "train" / "1.npy", numbered_video(1, 5, 64))
-    dataset = get_train_dataset("mazes_cwvae", T=7, max_frames=7)
     with pytest.raises(ValueError, match=r"train/1\.npy: has 5 frames, need T=7: "):
-        dataset[0, 1]
+        get_train_dataset("mazes_cwvae", T=7, max_frames=7)
 
 
 @pytest.mark.parametrize("T, max_frames", [(0, 5), (-1, 5), (5, 0)])
@@ -256,6 +260,34 @@ def test_ranks_share_one_permutation_per_epoch():
         assert sorted(index for _, index in part) == list(range(7))
     orders = {tuple(i for e, i in stream if e == epoch) for epoch in range(6)}
     assert len(orders) == 6
+
+
+READ_ONE_EPOCH = """
+import itertools, sys
+from improved_diffusion import dist_util
+from improved_diffusion.video_datasets import ShardedSampler, get_train_dataset
+
+dist_util.setup_dist()
+rank, world_size = dist_util.rank(), dist_util.world_size()
+data = get_train_dataset("mazes_cwvae", T=12, max_frames=3, pad_with_random_frames=False)
+sampler = ShardedSampler(len(data), rank=rank, world_size=world_size, seed=0)
+for epoch, index in itertools.takewhile(lambda key: key[0] == 0, sampler):
+    video = int(data[epoch, index]["frames"][0, 0, 0, 0])
+    print("read", rank, video)
+dist_util.cleanup()
+"""
+
+
+def test_two_mpi_ranks_read_each_video_of_an_epoch_once(in_tmp):
+    make_named("mazes_cwvae", T=12, videos=7)
+    command = [train_runs.MPIEXEC, "-n", "2", sys.executable, "-c", READ_ONE_EPOCH]
+    done = subprocess.run(
+        command, cwd=in_tmp, env=train_runs.environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    read = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("read")]
+    assert sorted(int(video) for _, video in read) == list(range(7))
+    assert {rank for rank, _ in read} == {"0", "1"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 9])
@@ -558,10 +590,10 @@ def test_a_folder_without_partitions_is_split_at_random_but_always_the_same_way(
     flat = folder / "test"
     spec = dataset_spec(str(flat), test_fraction=0.25)
     train, test = (get_test_dataset(spec, partition=p).files.paths for p in ("train", "test"))
-    assert len(test) == 3 and sorted(test + train) == sorted(flat.glob("*.npy"))
-    again = dataset_spec(str(flat), test_fraction=0.25)
-    assert get_test_dataset(again).files.paths == test
-    assert test not in (train[:3], train[-3:])
+    assert [path.name for path in test] == ["6.npy", "10.npy", "11.npy"]  # on every machine
+    assert sorted(test + train) == sorted(flat.glob("*.npy"))
+    tiny = dataset_spec(str(flat), test_fraction=0.01)
+    assert len(get_test_dataset(tiny)) == 1  # a share above 0 is at least one video
     with pytest.raises(FileNotFoundError, match="no videos in the partition test"):
         get_test_dataset(dataset_spec(str(flat), test_fraction=0.0))
     with pytest.raises(ValueError, match="--test_fraction 1.5: must be in"):
@@ -573,7 +605,8 @@ def test_broken_and_short_training_videos_can_be_left_out(folder, in_tmp, caplog
     spec = dataset_spec(str(folder), skip_broken=True)
     dataset = get_train_dataset(spec, T=32, max_frames=4)
     assert [path.name for path in dataset.files.paths] == ["2.npy", "4.npy"]
-    left_out = [record.getMessage() for record in caplog.records]
+    *left_out, count = [record.getMessage() for record in caplog.records]
+    assert count == "left out 3 of 5 training videos"
     assert len(left_out) == 3 and all(line.startswith("left out: ") for line in left_out)
     assert any("3.npy: the file is empty" in line for line in left_out)
     with pytest.raises(ValueError, match="no training video is fit for T=99"):
@@ -582,6 +615,23 @@ def test_broken_and_short_training_videos_can_be_left_out(folder, in_tmp, caplog
     np.save(root / "train" / "1.npy", np.zeros((20, 48, 64, 3), np.uint8))
     dataset = get_train_dataset(dataset_spec("minerl", skip_broken=True), T=20, max_frames=4)
     assert [path.name for path in dataset.files.paths] == ["0.npy", "2.npy"]
+
+
+def test_a_video_that_breaks_off_inside_is_replaced_and_named_once(folder, caplog):
+    whole = folder / "train" / "2.npy"
+    spec = dataset_spec(str(folder), skip_broken=True)
+    dataset = get_train_dataset(spec, T=20, max_frames=4, pad_with_random_frames=False)
+    whole.write_bytes(whole.read_bytes()[:5000])
+    for epoch in range(3):
+        a, b = dataset[epoch, 2], dataset[epoch, 3]
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(caplog.records) == 1
+    text = caplog.records[0].getMessage()
+    assert text.startswith("left out, number 1 of this process: ") and "train/2.npy" in text
+    for path in (folder / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="mine: no training video can be read"):
+        dataset[0, 0]
 
 
 def test_broken_test_videos_are_never_left_out(folder):
@@ -606,6 +656,25 @@ def test_files_are_copied_on_first_use_and_when_they_change(folder, tmp_path):
     assert videos.read(3, [0])[0, 0, 0, 0] == 77
 
 
+def read_cached(folder, cache_dir):
+    videos = get_test_dataset(str(folder), cache_dir=str(cache_dir))
+    for i in range(12):
+        assert videos.read(i)[0, 0, 0, 0] == i
+
+
+def test_processes_that_start_together_may_share_a_cache(folder, tmp_path):
+    context = multiprocessing.get_context("fork")
+    arguments = (folder, tmp_path / "fast")
+    jobs = [context.Process(target=read_cached, args=arguments) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0] * 4
+    files = [path for path in (tmp_path / "fast").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == sorted(f"{i}.npy" for i in range(12))
+
+
 def test_training_items_do_not_depend_on_the_cache(folder, tmp_path):
     cached = train_set(folder, cache_dir=str(tmp_path / "fast"))
     for index in range(5):
@@ -620,6 +689,39 @@ def test_a_broken_file_is_named_at_once_in_a_folder_of_ones_own(folder):
     (folder / "train" / "3.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"train/3\.npy: the file is empty"):
         train_set(folder)
+
+
+def test_all_bad_files_are_named_before_training(folder, in_tmp):
+    (folder / "train" / "1.npy").write_bytes(b"")
+    (folder / "train" / "3.npy").write_text("text")
+    (folder / "test" / "5.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="mine: 3 videos cannot be used: ") as caught:
+        dataset_spec(str(folder))
+    assert all(name in str(caught.value) for name in ("train/1.npy", "train/3.npy", "test/5.npy"))
+    root = make_named("minerl", T=20, videos=4)
+    np.save(root / "train" / "1.npy", np.zeros((20, 48, 64, 3), np.uint8))
+    np.save(root / "train" / "3.npy", np.zeros((19, 64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="torch: 2 videos cannot be used: ") as caught:
+        get_train_dataset("minerl", T=20, max_frames=4)
+    assert "1.npy: is 48x64" in str(caught.value) and "3.npy: has 19 frames" in str(caught.value)
+
+
+def test_files_that_a_list_names_but_are_not_there_are_named_before_training(in_tmp):
+    root = DATASETS["carla_with_traffic"].root
+    make_carla(root, 2)
+    (root / "video_train.csv").write_text(",path\n0,video_7.pt\n1,video_0.pt\n2,video_8.pt\n")
+    with pytest.raises(ValueError, match="2 videos cannot be used: .*video_7.pt: no such file"):
+        get_train_dataset("carla_with_traffic", T=10, max_frames=4)
+
+
+def test_headers_of_two_thousand_files_are_checked_quickly(in_tmp):
+    folder = make_named("minerl", T=5, videos=1) / "train"
+    for i in range(1, 2000):
+        os.link(folder / "0.npy", folder / f"{i}.npy")
+    for limit_s in (6.0, 2.0):  # the second time from the index
+        began = time.process_time()
+        assert len(get_train_dataset("minerl", T=5, max_frames=4)) == 2000
+        assert time.process_time() - began < limit_s
 
 
 def test_a_broken_file_of_a_named_set_is_named_when_it_is_read(in_tmp):

@@ -1,10 +1,12 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
-from improved_diffusion.video_io import frame_count, read_video, write_video
+from improved_diffusion.video_io import frame_count, open_video, read_video, write_video
 
 T, SIZE = 40, 64
 
@@ -105,6 +107,26 @@ def test_frames_of_an_array_file_are_read_without_the_rest(tmp_path, video, monk
     frames = read_video(path, [5])
     assert isinstance(opened[0], np.memmap)
     assert not np.shares_memory(frames, opened[0]) and frames.nbytes == video[:1].nbytes
+
+
+def bytes_from_disk():
+    """Bytes that this process made the kernel fetch from storage."""
+    with open("/proc/self/io") as file:
+        return int(dict(line.split(": ") for line in file.read().splitlines())["read_bytes"])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_no_more_than_the_chosen_frames_comes_from_the_disk(tmp_path, suffix):
+    video = np.random.default_rng(0).integers(0, 256, (300, 64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / f"0{suffix}", video)
+    open_video(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = bytes_from_disk()
+    indices = range(7, 300, 15)
+    np.testing.assert_array_equal(read_video(path, indices), video[indices])
+    assert bytes_from_disk() - before < video.nbytes / 4
 
 
 def test_a_file_that_changed_is_indexed_again(tmp_path, video):

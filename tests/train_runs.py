@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from improved_diffusion import train_util
+from improved_diffusion import checkpoints, train_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.dataset_files import dataset_spec
 from improved_diffusion.runs import open_run
 from improved_diffusion.script_util import create_diffusion, create_model
+from improved_diffusion.train_data import held_out_items
 from improved_diffusion.video_datasets import get_train_dataset
 
-SCRIPT = str(Path(__file__).parents[1] / "scripts" / "video_train.py")
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "scripts" / "video_train.py")
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 MODEL = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "4"}
 TRAIN = {
@@ -58,6 +63,10 @@ def make_loop(dataset: str, model_options: dict | None = None, **options) -> tra
         pad_with_random_frames=train.pad_with_random_frames,
     )
     torch.manual_seed(train.seed)
+    valid_data = None
+    if train.valid_interval:
+        spec = dataset_spec(dataset, image_size=32)
+        valid_data = held_out_items(spec, train, None)
     return train_util.TrainLoop(
         create_model(model_config),
         create_diffusion(diffusion_config),
@@ -68,6 +77,7 @@ def make_loop(dataset: str, model_options: dict | None = None, **options) -> tra
         sample_diffusion=create_diffusion(
             dataclasses.replace(diffusion_config, timestep_respacing="2")
         ),
+        valid_data=valid_data,
     )
 
 
@@ -96,3 +106,52 @@ def train(
         timeout=120,
         **options,
     )
+
+
+def rank_script(folder: Path, body: str) -> str:
+    """A training script in which `body` may change TrainLoop before it runs."""
+    script = folder / "ranks.py"
+    script.write_text(
+        "import functools, os, signal, sys, time, torch\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        "import video_train\n"
+        "from improved_diffusion import dist_util, resample, train_util\n"
+        "from improved_diffusion.script_util import run_main\n"
+        "Loop, update = train_util.TrainLoop, train_util.TrainLoop._update\n"
+        + textwrap.dedent(body)
+        + "\nrun_main(video_train.main)\n"
+    )
+    return str(script)
+
+
+def wake_up(loop: train_util.TrainLoop) -> train_util.TrainLoop:
+    """Replace the zeros that much of the network starts with, so that all gradients count."""
+    with torch.no_grad():
+        for param in loop.model.parameters():
+            param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
+    return loop
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two nested states are the same bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(first: object, second: object) -> None:
+    first, second = checkpoints.load_run(str(first)), checkpoints.load_run(str(second))
+    assert first.step == second.step
+    assert equal(first.model_state, second.model_state)
+    assert equal(first.ema_states, second.ema_states)
+    assert equal(first.opt_state, second.opt_state)
+
+
+def column(folder: str | Path, name: str) -> list[str]:
+    """A column of a run's progress.csv."""
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]

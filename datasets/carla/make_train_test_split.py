@@ -27,8 +27,10 @@ def write_split(folder: Path) -> None:
         )
     for partition, part in (("train", videos[:-NUM_TEST]), ("test", videos[-NUM_TEST:])):
         lines = [",path", *(f"{i},{video.name}" for i, video in enumerate(part))]
-        with atomic_write(folder / f"video_{partition}.csv") as file:
-            file.write(("\n".join(lines) + "\n").encode())
+        path, text = folder / f"video_{partition}.csv", "\n".join(lines) + "\n"
+        if not path.is_file() or path.read_text() != text:
+            with atomic_write(path) as file:
+                file.write(text.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

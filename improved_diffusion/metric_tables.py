@@ -1,0 +1,262 @@
+"""What evaluation leaves on disk, and what is read from it: tables, their summaries, bounds.
+
+A table is a pickle {metric: array}; the .json beside it says what its rows and columns are. No
+torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion.metric_weights import NumpyUnpickler
+from improved_diffusion.paths import atomic_write
+from improved_diffusion.results import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+# What two tables must share for their numbers to be comparable, beside the metrics' settings.
+COMPARED = ("dataset", "dataset_partition", "T", "videos", "samples", "frames")
+LOCK_PATIENCE_S = 60.0  # a longer wait is said
+LOCK_LIMIT_S = 120.0  # merging takes a second: whoever holds the lock longer is gone
+
+
+# ---------------------------------------------------------------- files
+
+
+class TableUnpickler(NumpyUnpickler):
+    """Reads plain containers of numpy arrays, as any numpy and pickle protocol writes them."""
+
+    ALLOWED = NumpyUnpickler.ALLOWED | {
+        (f"numpy.{core}.{name}", function): np.empty(0).__reduce_ex__(protocol)[0]
+        for core in ("core", "_core")
+        for name, function, protocol in (
+            ("multiarray", "_reconstruct", 2),
+            ("numeric", "_frombuffer", 5),
+        )
+    }
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a table; nothing but numbers is accepted, no code of the file is run.
+
+    Raises FileNotFoundError where there is none, ValueError naming the file for anything else.
+    """
+    with open(path, "rb") as file:
+        try:
+            table = TableUnpickler(file).load()
+        except Exception as error:  # a broken pickle raises anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is no table of metrics ({reason}): delete it") from None
+    if not isinstance(table, dict) or not all(
+        isinstance(name, str) and isinstance(values, np.ndarray) and values.dtype.kind in "fiu"
+        for name, values in table.items()
+    ):
+        raise ValueError(f"{path} is no table {{metric: array of numbers}}: delete it")
+    return table
+
+
+def write_table(path: Path, table: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+    """Write the pickle and the .json beside it, each atomically."""
+    with atomic_write(path) as file:
+        pickle.dump(dict(table), file, protocol=4)
+    write_json(path.with_suffix(".json"), info)
+    logger.info("wrote %s", path)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The .json beside the table `path`; empty where there is none."""
+    path = path.with_suffix(".json")
+    return read_json(path) if path.exists() else {}
+
+
+def load_elbo(path: Path) -> np.ndarray:
+    """The variational bounds of one video, float64 [steps] in bits.
+
+    Raises FileNotFoundError where there are none, ValueError naming the file for anything else.
+    """
+    try:
+        bits = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it and run again") from None
+    if bits.dtype != np.float64 or bits.ndim != 1 or not np.isfinite(bits).all():
+        raise ValueError(f"{path} does not hold finite float64 [steps]: delete it and run again")
+    return bits
+
+
+@contextlib.contextmanager
+def table_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file beside the table `path`; works where flock does not.
+
+    It only saves merges from being lost: files are whole without it. A holder that is waited for
+    longer than LOCK_LIMIT_S counts as gone.
+    """
+    lock = path.parent / f".{path.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            _wait_for(lock)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _wait_for(lock: Path) -> None:
+    """Return when `lock` is free; after LOCK_LIMIT_S with one holder, take it away."""
+    began, said, holder = time.monotonic(), False, None
+    while True:
+        try:
+            now = (lock.stat().st_mtime_ns, lock.read_text())
+        except FileNotFoundError:
+            return
+        if now != holder:
+            began, said, holder = time.monotonic(), False, now
+        waited = time.monotonic() - began
+        if waited > LOCK_LIMIT_S:
+            logger.warning("%s: %s holds it too long: going on without", lock, now[1])
+            lock.unlink(missing_ok=True)
+            return
+        if waited > LOCK_PATIENCE_S and not said:
+            logger.info("%s: waiting for %s", lock, now[1])
+            said = True
+        time.sleep(0.1)
+
+
+# ---------------------------------------------------------------- summaries
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Mean and standard error of numbers [n]; None where n is too small for it."""
+    n = len(values)
+    mean = float(values.mean()) if n else None
+    return mean, float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+
+
+def summarise(values: np.ndarray) -> dict[str, Any]:
+    """n videos, mean and standard error over videos of [videos, samples, frames].
+
+    Infinite values are counted, and left out of the means.
+    """
+    finite = np.isfinite(values)
+    axes = tuple(range(1, values.ndim))
+    count = finite.sum(axis=axes)
+    sums = np.where(finite, values, 0).sum(axis=axes)
+    per_video = sums[count > 0] / count[count > 0]
+    mean, error = mean_and_error(per_video)
+    infinite = int(np.isinf(values).sum())
+    return {"n": len(per_video), "mean": mean, "standard_error": error, "infinite": infinite}
+
+
+def frame_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over videos of each column of [videos, ..., columns].
+
+    Samples of a video are averaged first; values that are not finite are left out. Both are
+    [columns], NaN where there are too few videos.
+    """
+    means, errors = [], []
+    for column in np.moveaxis(values, -1, 0):
+        row = summarise(column)
+        means.append(row["mean"])
+        errors.append(row["standard_error"])
+    return np.array(means, dtype=np.float64), np.array(errors, dtype=np.float64)
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names where they are all different, else their paths."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def check_comparable(infos: Mapping[str, Mapping[str, Any]], *, allow: bool) -> None:
+    """See that tables (their infos by name) score the same things in the same way.
+
+    Raises ValueError that names each difference; `allow` makes it a warning. FVD above all depends
+    on the number of videos, their length, the network and the resize.
+    """
+    found = differences(infos)
+    if found and not allow:
+        raise ValueError(
+            f"these tables cannot be compared: {'; '.join(found)}: evaluate the same videos in the "
+            "same way, or go on with --allow_differences"
+        )
+    for difference in found:
+        logger.warning("the tables compared here differ: %s", difference)
+
+
+def differences(infos: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """In words, what the first table and each other one do not share."""
+    found = []
+    (first_name, first), *others = infos.items()
+    for name, info in others:
+        pairs = {key: (first.get(key), info.get(key)) for key in COMPARED}
+        rows_1, rows_2 = first.get("metrics", {}), info.get("metrics", {})
+        for mode in rows_1.keys() & rows_2.keys():
+            settings_1, settings_2 = (rows[mode].get("settings", {}) for rows in (rows_1, rows_2))
+            for key in sorted(settings_1.keys() | settings_2.keys()):
+                pairs[f"{mode} {key}"] = settings_1.get(key), settings_2.get(key)
+        for key, (one, other) in pairs.items():
+            if one != other:
+                shown = f"{_in_short(one)} and {_in_short(other)}"
+                found.append(f"{first_name} and {name} differ in {key} ({shown})")
+    return found
+
+
+def _in_short(value: Any) -> str:
+    """A value for a message: of a list its length and ends."""
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value)}: {value[0]} ... {value[-1]}"
+    return str(value)
+
+
+def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
+    """Summaries as text, a row for each metric of each table, then how they were computed.
+
+    infos: {name: content of a table's .json}; the names are shown where there are several.
+    """
+    width = max(map(len, infos)) + 2 if len(infos) > 1 else 0
+    header = f"{'metric':8} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
+    lines = [f"{'':{width}}{header} {'infinite':>9}"]
+    notes: list[str] = []
+    for name, info in infos.items():
+        for mode, row in info["metrics"].items():
+            numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
+            lines.append(
+                f"{name if width else '':{width}}{mode:8} {row['n']:6d} {len(info['samples']):7d} "
+                f"{numbers} {row['infinite']:9d}"
+            )
+            notes += _notes(mode, row)
+    return "\n".join(lines + list(dict.fromkeys(notes)))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """How a metric was computed, and its floor."""
+    if row.get("settings"):
+        yield f"{mode}: " + ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+    if "floor" in row:
+        floor = row["floor"]
+        yield (
+            f"{mode} floor: {_number(floor['value'])} between {floor['n']} true videos and "
+            f"{floor['n']} of the {floor['partition']} partition"
+        )

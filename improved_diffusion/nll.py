@@ -1,0 +1,295 @@
+"""Bounds on the likelihood of test videos, inference step by inference step.
+
+For each step of a strategy: the variational bound on the step's latent frames given its observed
+ones, all of them frames of the test video (DDPM, arXiv 2006.11239, Eq. 5; FDM, arXiv 2205.11495,
+section 4). A strategy that samples each frame once factorises the video's likelihood, so the sum
+over its steps bounds that of all its latent frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from improved_diffusion import dist_util, paths
+from improved_diffusion.checkpoints import load_weights
+from improved_diffusion.config import DiffusionConfig, NllConfig
+from improved_diffusion.inference_utils import InferenceStrategyBase
+from improved_diffusion.metric_tables import load_elbo, mean_and_error
+from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.results import EvalDir, read_json, write_json
+from improved_diffusion.rng_util import make_generator, randn
+from improved_diffusion.script_util import (
+    array_task,
+    build_model,
+    config_from_args,
+    create_diffusion,
+    default_device,
+)
+from improved_diffusion.video_datasets import VideoTestSet
+from improved_diffusion.video_sampling import (
+    OneClip,
+    SampleSettings,
+    SymmetricView,
+    chosen_batches,
+)
+
+logger = logging.getLogger(__name__)
+
+# The options that a bound depends on: they must not differ within one folder.
+DECISIVE = (
+    "checkpoint_step dataset dataset_partition T max_frames inference_mode step_size obs_length "
+    "optimal distance timestep_respacing seed"
+).split()
+
+
+class Bound:
+    """The variational bound on latent frames given observed ones, under one network.
+
+    The noise of a video, step and timestep is always the same. `batch_size` timesteps go through
+    the network at once; it changes no result beyond rounding.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        diffusion: SpacedDiffusion,
+        *,
+        seed: int,
+        batch_size: int,
+        device: str,
+    ):
+        self.model, self.diffusion = model, diffusion
+        self.seed, self.batch_size, self.device = seed, batch_size, device
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        frames: np.ndarray,
+        frame_indices: Sequence[int],
+        num_observed: int,
+        key: tuple[int, int],
+    ) -> float:
+        """The bound in bits, over all timesteps and the prior.
+
+        Args:
+            frames: uint8 [K, 3, H, W], the observed ones first.
+            frame_indices: [K], their positions in the video.
+            num_observed: how many are observed.
+            key: (video, step), which the noise depends on beside the seed and the timestep.
+        """
+        x0 = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1
+        latent_mask = torch.ones(len(x0), 1, 1, 1, device=self.device)
+        latent_mask[:num_observed] = 0
+        positions = torch.tensor(frame_indices, device=self.device)
+        bits = self.diffusion.prior_bpd(x0[None], latent_mask[None]).double().sum()
+        for start in range(0, self.diffusion.num_timesteps, self.batch_size):
+            t = torch.arange(start, self.diffusion.num_timesteps, device=self.device)
+            bits += self._terms(x0, latent_mask, positions, t[: self.batch_size], key).sum()
+        return float(bits) * x0.numel()  # the terms are means over all dimensions of all K frames
+
+    def _terms(
+        self, x0: Tensor, latent_mask: Tensor, positions: Tensor, t: Tensor, key: tuple[int, int]
+    ) -> Tensor:
+        """The bound's terms at timesteps t, in bits per dimension of all K frames, float64."""
+        x_start, mask = (tensor.expand(len(t), *tensor.shape) for tensor in (x0, latent_mask))
+        original = self.diffusion.timestep_map[t.cpu().numpy()]
+        generators = [make_generator(self.seed, *key, int(step)) for step in original]
+        noise = torch.zeros_like(x_start)
+        num_observed = int((latent_mask == 0).sum())
+        shape = (len(t), len(x0) - num_observed, *x0.shape[1:])
+        noise[:, num_observed:] = randn(shape, generators, self.device)
+        terms = self.diffusion.vb_terms_bpd(
+            self.model,
+            x_start,
+            self.diffusion.q_sample(x_start, t, noise),
+            t,
+            clip_denoised=True,
+            model_kwargs={
+                "x0": x_start * (1 - mask),
+                "obs_mask": 1 - mask,
+                "latent_mask": mask,
+                "frame_indices": positions.expand(len(t), -1),
+            },
+            latent_mask=mask,
+        )
+        return terms["output"].double()
+
+
+def video_bounds(
+    bound: Bound,
+    strategy: InferenceStrategyBase,
+    frames: np.ndarray,
+    video: int,
+    partial: Path,
+) -> np.ndarray:
+    """The bounds of all steps of one video, float64 [steps] in bits.
+
+    frames: uint8 [T, 3, H, W]. Adaptive strategies choose by these true frames. What is done is
+    kept in the file `partial`, and goes on from there.
+    """
+    kept = _kept(partial)
+    done = [] if kept is None else list(kept)
+    if strategy.is_adaptive:
+        strategy.set_videos(SymmetricView(frames[None]))  # type: ignore[attr-defined]
+    for step, (observed, latent) in enumerate(strategy):
+        if step < len(done):
+            continue
+        if strategy.is_adaptive:
+            observed, latent = observed[0], latent[0]
+        indices = [*observed, *latent]
+        done.append(bound(frames[indices], indices, len(observed), (video, step)))
+        _save(partial, done)
+    return np.array(done, dtype=np.float64)
+
+
+def _save(path: Path, bits: Sequence[float] | np.ndarray) -> None:
+    with paths.atomic_write(path) as file:
+        np.save(file, np.asarray(bits, dtype=np.float64))
+
+
+def _kept(path: Path) -> np.ndarray | None:
+    """The bounds in a file; None where there are none, or, with a warning, none to be read."""
+    try:
+        return load_elbo(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s; making it again", error)
+        return None
+
+
+# ---------------------------------------------------------------- test sets
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of videos [videos], in bits per dimension of their latent frames."""
+
+    eval_dir: Path
+    videos: list[int]
+    bits_per_dim: np.ndarray
+    timesteps: tuple[int, int]  # of the chain that is bounded, and of the trained one
+
+
+def format_bounds(bounds: Bounds) -> str:
+    """The mean bound as text; that of a respaced chain is called so."""
+    if not bounds.videos:
+        return f"no video was chosen for {bounds.eval_dir / 'elbos'}"
+    kept, trained = bounds.timesteps
+    chain = f"the chain of all {trained} timesteps"
+    if kept != trained:
+        chain = (
+            f"the chain respaced to {kept} of {trained} timesteps, not an estimate of the full one"
+        )
+    mean, error = mean_and_error(bounds.bits_per_dim)
+    shown = "" if error is None else f" +- {error:.4f} (standard error)"
+    return f"{mean:.4f}{shown} bits/dim over {len(bounds.videos)} videos: the bound of {chain}"
+
+
+def bound_dataset(options: NllConfig) -> Bounds:
+    """Bound the videos that `options` choose; those that are done are skipped.
+
+    Writes elbos/elbo_<video>.npy, float64 [steps] in bits. Returns the bounds of the chosen videos
+    (as an array task: of its batch). Raises ValueError or FileNotFoundError for a user's mistake,
+    before anything is written.
+    """
+    weights = load_weights(options.checkpoint_path)
+    settings = SampleSettings.resolve(options, weights.config, weights.step)
+    strategy = settings.strategy()
+    if strategy.samples_frame_twice:
+        raise ValueError(
+            f"--inference_mode {options.inference_mode} samples frames more than once, so its steps "
+            "bound no likelihood: choose another"
+        )
+    source = settings.source()
+    videos = _chosen_videos(options, source, settings.T)
+    diffusion = _diffusion(options, weights.config)
+    if videos:
+        _check_config(settings)
+    missing = [v for v in videos if _kept(paths.elbo_path(settings.eval_dir, v)) is None]
+    missing = dist_util.broadcast_object(missing)  # a quick rank may have made some already
+    if missing:
+        device = default_device(options.device)
+        bound = Bound(
+            build_model(weights, options.checkpoint_path, device),
+            diffusion,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            device=device,
+        )
+        _bound_videos(bound, settings, source, missing[dist_util.rank() :: dist_util.world_size()])
+        dist_util.barrier()
+    bits = [load_elbo(paths.elbo_path(settings.eval_dir, video)).sum() for video in videos]
+    num_latent = settings.T - len(strategy.observed_from_data)
+    dimensions = num_latent * 3 * settings.image_size**2
+    chain = diffusion.num_timesteps, diffusion.config.diffusion_steps
+    return Bounds(settings.eval_dir, videos, np.array(bits) / dimensions, chain)
+
+
+def _diffusion(options: NllConfig, model_config: dict[str, Any]) -> SpacedDiffusion:
+    respacing = options.timestep_respacing
+    overrides = {"timestep_respacing": respacing} if respacing else {}
+    return create_diffusion(config_from_args(DiffusionConfig, model_config | overrides))
+
+
+def _chosen_videos(options: NllConfig, source: VideoTestSet | OneClip, T: int) -> list[int]:
+    """This process's videos. Raises ValueError where one has fewer than T frames."""
+    batches = [[job.video for job in batch] for batch in chosen_batches(options, len(source))]
+    task = array_task()
+    if task is not None and task >= len(batches):
+        logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
+    videos = sum(batches if task is None else batches[task : task + 1], [])
+    for video in videos:
+        if source.length(video) < T:
+            raise ValueError(
+                f"video {video} has {source.length(video)} frames, the bound needs all {T}: give a "
+                "smaller --T, or other videos with --indices"
+            )
+    return videos
+
+
+def _check_config(settings: SampleSettings) -> None:
+    """Store what the bounds depend on, or see that those already there are of the same kind.
+
+    Raises ValueError naming the first option that differs.
+    """
+    eval_dir = EvalDir(settings.eval_dir)
+    values = {name: value for name, value in settings.stored().items() if name in DECISIVE}
+    path = eval_dir.path / "elbo_config.json"
+    if not path.exists():
+        write_json(path, values)
+        if not eval_dir.model_config_path.exists():
+            write_json(eval_dir.model_config_path, settings.model_config)
+        return
+    before = read_json(path)
+    for name in DECISIVE:
+        if before.get(name) != values[name]:
+            raise ValueError(
+                f"{eval_dir.path / 'elbos'} holds bounds made with {name} {before.get(name)}, not "
+                f"{values[name]}: choose another folder with --eval_dir"
+            )
+
+
+def _bound_videos(
+    bound: Bound, settings: SampleSettings, source: VideoTestSet | OneClip, videos: list[int]
+) -> None:
+    """Write the bounds of some videos."""
+    for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
+        frames = source.read(video, range(settings.T))
+        partial = paths.elbo_partial_path(settings.eval_dir, video)
+        bits = video_bounds(bound, settings.strategy(), frames, video, partial)
+        _save(paths.elbo_path(settings.eval_dir, video), bits)
+        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are not finished yet
+            partial.parent.rmdir()
+    logger.info("bounded %d videos into %s", len(videos), settings.eval_dir / "elbos")

@@ -1,0 +1,82 @@
+"""How training items reach the loop: one rank's batches, read by workers that outlive signals."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from improved_diffusion import dist_util
+from improved_diffusion.config import TrainConfig
+from improved_diffusion.dataset_files import DatasetSpec, VideoFiles, require_length
+from improved_diffusion.video_datasets import ShardedSampler, TrainDataset
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def train_loader(data: TrainDataset, config: TrainConfig, position: int) -> DataLoader[Any]:
+    """This rank's batches from `position` on, for ever.
+
+    position: training items that all ranks together have consumed. A batch is the items stacked,
+    or the ValueError or OSError that reading one of them raised.
+    """
+    keys = ShardedSampler(
+        len(data),
+        rank=dist_util.rank(),
+        world_size=dist_util.world_size(),
+        seed=config.seed,
+        start=position,
+    )
+    return DataLoader(
+        _ItemsOrErrors(data),
+        config.batch_size,
+        sampler=keys,
+        collate_fn=_collate,
+        num_workers=config.num_workers if config.num_workers >= 0 else dist_util.cores() - 1,
+        worker_init_fn=_leave_signals_to_parent,
+        pin_memory=dist_util.dev().type == "cuda",
+    )
+
+
+def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None) -> TrainDataset:
+    """Items of the test videos, made like those of training, for --valid_interval.
+
+    Raises ValueError for a test video that is broken or too short, now and not hours later.
+    """
+    files = VideoFiles(spec, "test", cache_dir)
+    for index in range(min(config.valid_videos, len(files))):
+        video = files.open(index)
+        require_length(video.path, video.shape[0], config.T)
+    return TrainDataset(
+        files,
+        T=config.T,
+        max_frames=config.max_frames,
+        seed=config.seed,
+        pad_with_random_frames=config.pad_with_random_frames,
+    )
+
+
+class _ItemsOrErrors(Dataset[Any]):
+    """Training items, or what reading one raised: a worker would wrap that in its own traceback."""
+
+    def __init__(self, data: TrainDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        try:
+            return self.data[key]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Any:
+    """A batch of the items, or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else default_collate(items)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A signal to the whole process group must not take the data away before the run has saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

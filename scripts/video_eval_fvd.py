@@ -1,0 +1,27 @@
+"""Fréchet and kernel video distance of samples; writes into the same file as video_eval.py.
+
+Several evaluation directories are printed as one table. As a SLURM array job, task i scores the
+i-th batch of videos, and the task that completes the table writes it.
+"""
+
+import argparse
+
+from improved_diffusion.config import FvdConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, FvdConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = config_from_args(FvdConfig, create_argparser().parse_args(argv))
+    from improved_diffusion.evaluation import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

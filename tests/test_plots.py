@@ -1,0 +1,127 @@
+"""Pictures of metrics: which numbers are drawn, from which files, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import run_script
+from improved_diffusion import metric_tables, plots
+from improved_diffusion.config import PlotConfig
+from improved_diffusion.paths import elbo_path, metrics_path
+
+FRAMES = [4, 5, 7]
+
+
+def make_folder(path: Path, *, modes=("psnr", "lpips"), elbos: int = 0, **info) -> Path:
+    """A table of 3 videos and 2 samples, and bounds of `elbos` videos of 5 steps."""
+    rng = np.random.default_rng(list(path.name.encode()))
+    path.mkdir(parents=True)
+    if modes:
+        table = {mode: rng.normal(20, 2, (3, 2, len(FRAMES))) for mode in modes}
+        rows = {mode: metric_tables.summarise(values) for mode, values in table.items()}
+        described = {"videos": [0, 1, 2], "samples": [0, 1], "frames": FRAMES, "metrics": rows}
+        metric_tables.write_table(metrics_path(path, 3, 2, 8), table, described | info)
+    for video in range(elbos):
+        file = elbo_path(path, video)
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, rng.normal(1000, 10, 5))
+    return path
+
+
+def draw(*folders: Path, **options) -> Path:
+    return plots.draw_metrics(PlotConfig(eval_dir=tuple(map(str, folders)), **options))
+
+
+def drawn(monkeypatch, *folders: Path, **options) -> dict[str, dict[str, plots.Curve]]:
+    """The curves that would be drawn."""
+    kept = {}
+    monkeypatch.setattr(plots, "_draw_curves", lambda curves, path: kept.update(curves))
+    draw(*folders, **options)
+    return kept
+
+
+def test_curves_are_means_over_videos_with_their_standard_error(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "a", elbos=4)
+    curves = drawn(monkeypatch, folder)
+    assert list(curves) == ["psnr", "lpips", "elbo"]
+    x, mean, error = curves["psnr"]["a"]
+    np.testing.assert_array_equal(x, FRAMES)
+    values = metric_tables.read_table(folder / "metrics_3-2-8.pkl")["psnr"].mean(axis=1)
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    np.testing.assert_allclose(error, values.std(axis=0, ddof=1) / np.sqrt(3))
+    x, mean, error = curves["elbo"]["a"]
+    bits = np.stack([np.load(elbo_path(folder, video)) for video in range(4)])
+    np.testing.assert_array_equal(x, range(5))
+    np.testing.assert_allclose(mean, bits.mean(axis=0))
+    np.testing.assert_allclose(error, bits.std(axis=0, ddof=1) / 2)
+
+
+def test_every_directory_has_a_curve_where_it_has_numbers(tmp_path, monkeypatch):
+    a, b = make_folder(tmp_path / "a"), make_folder(tmp_path / "b", modes=("psnr",), elbos=1)
+    curves = drawn(monkeypatch, a, b)
+    assert {panel: list(rows) for panel, rows in curves.items()} == {
+        "psnr": ["a", "b"],
+        "lpips": ["a"],
+        "elbo": ["b"],
+    }
+    same_name = make_folder(tmp_path / "other" / "a")
+    assert list(drawn(monkeypatch, a, same_name)["psnr"]) == [str(a), str(same_name)]
+
+
+def test_the_newest_table_is_drawn_and_named(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    folder = make_folder(tmp_path / "a")
+    old = folder / "metrics_9-9-8.pkl"
+    old.write_bytes(b"never read")
+    os.utime(old, (1, 1))
+    assert set(drawn(monkeypatch, folder)) == {"psnr", "lpips"}
+    assert "holds 2 tables: drawing metrics_3-2-8.pkl" in caplog.text
+
+
+def test_the_picture_is_written_where_it_is_said(tmp_path):
+    a, b = make_folder(tmp_path / "a", elbos=2), make_folder(tmp_path / "b", elbos=2)
+    done = run_script("video_plot.py", "--eval_dir", a, b, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(a / "metrics.png")
+    pixels = np.asarray(Image.open(a / "metrics.png").convert("RGB"))
+    assert pixels.shape[1] > 1000
+    for colour in ((31, 119, 180), (255, 127, 14)):  # the first two of matplotlib's cycle
+        assert (pixels == colour).all(axis=-1).sum() > 100
+    assert draw(b, out=str(tmp_path / "x" / "y.png")) == tmp_path / "x" / "y.png"
+    assert Image.open(tmp_path / "x" / "y.png").size[1] > 300
+
+
+def test_tables_of_other_videos_are_not_drawn_together_silently(tmp_path, caplog):
+    a, b = make_folder(tmp_path / "a"), make_folder(tmp_path / "b", videos=[3, 4, 5])
+    with pytest.raises(ValueError, match="a and b differ in videos.*--allow_differences"):
+        draw(a, b)
+    assert not (a / "metrics.png").exists()
+    draw(a, b, allow_differences=True)
+    assert "a and b differ in videos" in caplog.text and (a / "metrics.png").exists()
+
+
+def test_a_folder_with_nothing_to_draw_is_named(tmp_path):
+    done = run_script("video_plot.py", "--eval_dir", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "video_eval.py" in done.stderr and str(tmp_path) in done.stderr
+    with pytest.raises(FileNotFoundError, match="holds no metrics"):
+        draw(make_folder(tmp_path / "fvd", modes=("fvd",)))
+
+
+def test_a_table_and_a_json_that_do_not_belong_together_are_named(tmp_path):
+    folder = make_folder(tmp_path / "a")
+    path = folder / "metrics_3-2-8.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"frames": [1]}))
+    with pytest.raises(ValueError, match=r"metrics_3-2-8\.pkl.*do not belong together"):
+        draw(folder)
+
+
+def test_bounds_of_different_strategies_in_one_folder_are_named(tmp_path):
+    folder = make_folder(tmp_path / "a", elbos=2)
+    np.save(elbo_path(folder, 7), np.zeros(3))
+    with pytest.raises(ValueError, match="elbos holds bounds of different numbers of steps"):
+        draw(folder)
