@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import bouncy_balls, paths, video_io
+from improved_diffusion import bouncy_balls, dist_util, paths, video_io
 
 logger = logging.getLogger(__name__)
 
@@ -444,9 +444,9 @@ class VideoFiles:
                 faults.append(str(error))
         if faults and not self.spec.skip_broken:
             raise _unusable(self.spec, faults)
-        for fault in faults:
-            logger.warning("left out: %s", fault)
-        if faults:
+        if faults and dist_util.is_main():
+            for fault in faults:
+                logger.warning("left out: %s", fault)
             logger.warning("left out %d of %d training videos", len(faults), len(self))
         if not fit:
             raise ValueError(f"{self.spec.root}: no training video is fit for T={T}")

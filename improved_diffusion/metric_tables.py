@@ -208,7 +208,7 @@ def differences(infos: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, info in others:
         pairs = {key: (first.get(key), info.get(key)) for key in COMPARED}
         rows_1, rows_2 = first.get("metrics", {}), info.get("metrics", {})
-        for mode in rows_1.keys() & rows_2.keys():
+        for mode in sorted(rows_1.keys() & rows_2.keys()):
             settings_1, settings_2 = (rows[mode].get("settings", {}) for rows in (rows_1, rows_2))
             for key in sorted(settings_1.keys() | settings_2.keys()):
                 pairs[f"{mode} {key}"] = settings_1.get(key), settings_2.get(key)

@@ -25,7 +25,7 @@ from improved_diffusion.config import TrainConfig
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.resample import create_schedule_sampler
-from improved_diffusion.rng_util import make_generator
+from improved_diffusion.rng_util import make_generator, randn
 from improved_diffusion.runs import Run, resume_command
 from improved_diffusion.train_data import STOP_SIGNALS, train_loader
 from improved_diffusion.video_datasets import TrainDataset
@@ -399,12 +399,11 @@ class TrainLoop:
                 generator = make_generator(self.config.seed, VALIDATION_STREAM, index)
                 t = int((index + torch.rand((), generator=generator)) * timesteps / videos)
                 item = self._item(self.valid_data, index)
-                loss = validation.held_out_loss(
-                    lambda *args: self._losses(network, *args), item, t, generator
-                )
+                noise = randn(item["x0"].shape, generator, self.device)
+                terms = self._losses(network, item, torch.tensor([t], device=self.device), noise)
                 item = validation.without_padding(item)
                 bits = validation.bits_per_dim(self.diffusion, network, item, generator)
-                values.append((loss, bits))
+                values.append((float(terms["loss"]), bits))
         if not any(dist_util.max_over_ranks(self._signal, what="validation")):
             for loss, bits in values:
                 self.log.add("valid_loss", loss)

@@ -1,12 +1,10 @@
-"""What is measured and looked at while training: losses on held-out videos, and samples.
+"""What is measured and looked at while training: bounds on held-out videos, and samples.
 
-Every item goes through the network by itself: without its padding where the network is to see real
-frames only, so that items of different lengths do not mix.
+Every item goes through the network by itself and without its padding: the network is to see real
+frames only.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -59,19 +57,6 @@ def bits_per_dim(
         term = diffusion.vb_terms_bpd(model, x0, x_t, t, model_kwargs=item, latent_mask=mask)
         total = total + size * term["output"]
     return float(total / mask.mean())  # the terms are means over all frames given
-
-
-@torch.no_grad()
-def held_out_loss(
-    losses: Callable[[Item, Tensor, Tensor], dict[str, Tensor]],
-    item: Item,
-    t: int,
-    generator: torch.Generator,
-) -> float:
-    """The training loss of one item at timestep t; `losses` is called with (item, t, noise)."""
-    x0 = item["x0"]
-    noise = randn(x0.shape, generator, x0.device)
-    return float(losses(item, torch.tensor([t], device=x0.device), noise)["loss"])
 
 
 def draw_sample(

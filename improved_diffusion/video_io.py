@@ -117,7 +117,7 @@ def _broken(path: Path, error: object) -> ValueError:
 
 
 def _from_array(path: Path, array: Any, mapped_at: int | None = None) -> OpenVideo:
-    """`array`: a numpy array or a tensor; `mapped_at`: its address if it is mapped, frame by frame."""
+    """`array`: a numpy array or a tensor; `mapped_at`: its address where it is memory-mapped."""
     shape = tuple(array.shape)
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype != "uint8" or len(shape) != 4 or shape[3] != 3:

@@ -170,13 +170,18 @@ def test_a_shorter_T_and_obs_length_can_be_given(eval_dir):
     assert (eval_dir.path / "metrics_3-2-8.pkl").exists()
 
 
-def test_frames_beyond_the_truth_are_left_out(eval_dir, tmp_path, caplog):
+def test_frames_beyond_the_truth_are_left_out(eval_dir, tmp_path, caplog, i3d):
     caplog.set_level("INFO")
     longer = make_eval_dir(tmp_path, "longer", num_videos=0, T=T + 2)
     for video in range(2):
         frames = noisy(tmp_path, video, 0)
         longer.save_sample(video, 0, np.concatenate([frames, frames[:2]]))
-    assert evaluate(longer)["psnr"].shape == (2, 1, T - OBSERVED)
+    table = evaluate(longer, modes=("psnr", "fvd"), i3d_weights=i3d)
+    assert table["psnr"].shape == (2, 1, T - OBSERVED)
+    fake = features([noisy(tmp_path, video, 0) for video in range(2)], i3d)
+    real = features([truth(tmp_path, video) for video in range(2)], i3d)
+    expected = frechet_video_distance.frechet_distance(fake, real)
+    assert table["fvd"][0] == pytest.approx(expected)
     assert "scoring the 12 of 14 frames" in caplog.text
     assert info(longer, "metrics_2-1-14.json")["frames_with_truth"] == T
 
@@ -199,6 +204,16 @@ def test_a_second_run_computes_nothing_and_a_new_sample_only_itself(
     changed = (before["psnr"] != after["psnr"]).any(axis=-1)
     assert changed.sum() == 1 and changed[1, 0]
     assert before["fvd"][0] != after["fvd"][0] and before["fvd"][1] == after["fvd"][1]
+
+
+def test_another_truth_is_another_result(eval_dir, tmp_path, i3d):
+    options = {"modes": ("psnr", "fvd"), "i3d_weights": i3d}
+    before = evaluate(eval_dir, **options)
+    path = tmp_path / "data/test/0.npy"
+    np.save(path, 255 - np.load(path))
+    after = evaluate(eval_dir, **options)
+    assert (before["psnr"][0] != after["psnr"][0]).all() and (before["fvd"] != after["fvd"]).all()
+    np.testing.assert_array_equal(before["psnr"][1:], after["psnr"][1:])
 
 
 def test_one_video_is_in_memory_at_a_time(eval_dir, monkeypatch, i3d):
@@ -314,6 +329,10 @@ def test_the_floor_is_the_distance_between_disjoint_real_videos(eval_dir, tmp_pa
     assert info(eval_dir)["metrics"]["fvd"]["floor"] == row["floor"], "it stays"
     evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d, resize="half-pixel")
     assert "floor" not in info(eval_dir)["metrics"]["fvd"], "it is of another resize"
+    evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
+    np.save(tmp_path / "data/test/0.npy", 255 - np.load(tmp_path / "data/test/0.npy"))
+    evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d)
+    assert "floor" not in info(eval_dir)["metrics"]["fvd"], "it is of another truth"
 
 
 def test_fewer_videos_in_the_other_partition_make_a_smaller_floor(eval_dir, tmp_path, i3d):

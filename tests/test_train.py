@@ -207,6 +207,12 @@ def test_the_folder_root_comes_from_the_environment(videos, tmp_path, monkeypatc
 # ---------------------------------------------------------------- one step
 
 
+def awake_loop(videos, **options):
+    loop = make_loop(videos, **options)
+    wake_up(loop.model)
+    return loop
+
+
 def gradients(loop):
     loop._update = lambda: None
     loop.run_step(next(loop._batches()))
@@ -215,8 +221,8 @@ def gradients(loop):
 
 @pytest.mark.parametrize("microbatch", [1, 2])
 def test_microbatches_leave_the_gradients_as_they_are(videos, microbatch):
-    whole = gradients(wake_up(make_loop(videos, batch_size=3)))
-    parts = gradients(wake_up(make_loop(videos, batch_size=3, microbatch=microbatch)))
+    whole = gradients(awake_loop(videos, batch_size=3))
+    parts = gradients(awake_loop(videos, batch_size=3, microbatch=microbatch))
     largest = max(grad.abs().max() for grad in whole)
     assert largest > 0
     assert all(
@@ -275,8 +281,8 @@ def test_a_gradient_longer_than_the_limit_is_cut_to_it(videos, limit, clipped):
     def norm(grads):
         return float(torch.cat([grad.flatten() for grad in grads]).norm())
 
-    plain = gradients(wake_up(make_loop(videos)))
-    loop = wake_up(make_loop(videos, grad_clip=limit))
+    plain = gradients(awake_loop(videos))
+    loop = awake_loop(videos, grad_clip=limit)
     cut = gradients(loop)
     assert 1e-2 < norm(plain) < 1e2
     assert norm(cut) == pytest.approx(limit if clipped else norm(plain), rel=1e-4)
@@ -295,7 +301,7 @@ def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
 
 
 def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
-    plain, scaled = (wake_up(make_loop(videos)) for _ in range(2))
+    plain, scaled = (awake_loop(videos) for _ in range(2))
     scaled.loss_scale = fp16_util.LossScale(0.001)
     assert equal(gradients(plain), gradients(scaled))
     assert scaled.loss_scale.log2 == fp16_util.LossScale.INITIAL_LOG2 + 0.001

@@ -204,6 +204,8 @@ def test_another_number_of_ranks_resumes_and_says_so(videos, tmp_path):
 # The same timestep and noise for a video whatever rank it falls to; doubles all through the
 # network, which asks for float32 in places.
 SAME_ITEMS = """
+    import train_runs
+
     def losses(self, network, batch, t, noise):
         keys = [int((frames.double() * 127.5).round().sum()) % 2**31 for frames in batch["x0"]]
         draws = [torch.randn(x.shape, generator=torch.Generator().manual_seed(key), dtype=x.dtype)
@@ -213,27 +215,23 @@ SAME_ITEMS = """
         batch = {name: v.to(kind) if v.is_floating_point() else v for name, v in batch.items()}
         return real_losses(self, network, batch, t, torch.stack(draws).to(kind))
 
-    def step(self, items):
+    def wrap(model):
         if DOUBLE:
             single = torch.Tensor.float
             torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else single(x)
-            for module in self.model.modules():
+            for module in model.modules():
                 if hasattr(module, "weight"):
                     module.register_forward_pre_hook(lambda m, inputs: (inputs[0].double(),))
-            self.model.double()
-        with torch.no_grad():
-            for param in self.model.parameters():
-                noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
-                param.add_(0.02 * noise)
-        return real_step(self, items)
+            model.double()
+        return real_wrap(train_runs.wake_up(model))
 
     def save(self):
         if dist_util.is_main():
             torch.save([param.grad for param in self.params.values()], f"{dist_util.world_size()}.pt")
         self.step += 1
 
-    real_losses, real_step = Loop._losses, Loop.run_step
-    Loop._losses, Loop.run_step, Loop._update = losses, step, save
+    real_losses, real_wrap = Loop._losses, dist_util.wrap_ddp
+    Loop._losses, Loop._update, dist_util.wrap_ddp = losses, save, wrap
     Loop.finished = property(lambda self: self.step > 0)
 """
 

@@ -108,6 +108,14 @@ def test_measuring_is_logged_at_its_interval_repeats_itself_and_changes_nothing(
     assert losses[0] == losses[2] and 0.2 < float(losses[0]) < 2
 
 
+def test_a_measurement_that_a_signal_cut_short_is_not_logged(videos):
+    loop = make_loop(videos, valid_interval=1)
+    loop._signal = 15
+    loop._validate()
+    loop.log.add("x", 1)
+    assert loop.log.dump(1) == {"x": 1}
+
+
 def test_ranks_measure_what_one_process_measures(videos, tmp_path):
     options = flags(videos, valid_interval=1, max_steps=1, lr=0, valid_videos=5)
     for ranks, run_id in ((0, "one"), (2, "two")):

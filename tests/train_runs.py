@@ -113,7 +113,7 @@ def rank_script(folder: Path, body: str) -> str:
     script = folder / "ranks.py"
     script.write_text(
         "import functools, os, signal, sys, time, torch\n"
-        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        f"sys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(ROOT / 'tests')!r}]\n"
         "import video_train\n"
         "from improved_diffusion import dist_util, resample, train_util\n"
         "from improved_diffusion.script_util import run_main\n"
@@ -124,12 +124,12 @@ def rank_script(folder: Path, body: str) -> str:
     return str(script)
 
 
-def wake_up(loop: train_util.TrainLoop) -> train_util.TrainLoop:
+def wake_up(model: torch.nn.Module) -> torch.nn.Module:
     """Replace the zeros that much of the network starts with, so that all gradients count."""
     with torch.no_grad():
-        for param in loop.model.parameters():
+        for param in model.parameters():
             param.add_(0.02 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
-    return loop
+    return model
 
 
 def equal(a: object, b: object) -> bool:
