@@ -246,6 +246,7 @@ class SampleConfig:
     clip_denoised: bool = option(True, "clip predicted clean frames to the range of pixels")
     dataset_partition: str = option("test", "which videos to observe", choices=("test", "train"))
     override_dataset: str = option("", "sample another data set than the model was trained on")
+    cache_dir: str | None = option(None, "copy test videos here on first use, and read them here")
     obs_video: str = option("", "observe the start of this video file instead of a test video")
     gibbs_sweeps: int = option(1, "gibbs: sweeps over the video after the first pass")
     distance: str = option(
@@ -329,6 +330,7 @@ class EvalConfig:
     dataset_partition: str | None = option(
         None, "its partition: test or train (default: as sampled)"
     )
+    cache_dir: str | None = option(None, "copy true videos here on first use, and read them here")
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
     ssim_data_range: float = option(

@@ -15,6 +15,7 @@ import numpy as np
 from improved_diffusion import paths
 from improved_diffusion.config import DemoConfig
 from improved_diffusion.evaluation import format_table
+from improved_diffusion.metric_tables import read_table
 from improved_diffusion.metrics import psnr
 from improved_diffusion.results import EvalDir
 from improved_diffusion.video_datasets import get_test_dataset
@@ -121,12 +122,9 @@ def report(eval_dirs: list[Path], seconds: float) -> None:
 
 
 def frame_psnr(eval_dir: Path) -> np.ndarray:
-    """Mean PSNR over videos [predicted frames], from the cached scores."""
-    import pickle
-
+    """Mean PSNR over videos [predicted frames], from the table."""
     (path,) = eval_dir.glob("metrics_*.pkl")
-    with path.open("rb") as file:
-        return pickle.load(file)["psnr"].mean(axis=(0, 1))
+    return read_table(path)["psnr"].mean(axis=(0, 1))
 
 
 def repeated_frame_psnr(eval_dir: Path) -> np.ndarray:

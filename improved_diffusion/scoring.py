@@ -48,7 +48,7 @@ class Scoring:
         T = int(_setting(config, eval_dir, "T"))
         partition = _setting(config, eval_dir, "dataset_partition")
         spec = stored_dataset(_setting(config, eval_dir, "dataset"), eval_dir.model_config())
-        truth = get_test_dataset(spec, T=T, partition=partition)
+        truth = get_test_dataset(spec, T=T, partition=partition, cache_dir=config.cache_dir)
         videos = sorted(found)
         if videos[-1] >= len(truth):
             raise ValueError(

@@ -134,6 +134,7 @@ class SampleSettings:
             stored_dataset(self.dataset, self.model_config),
             T=self.T,
             partition=self.options.dataset_partition,
+            cache_dir=self.options.cache_dir,
         )
 
     def stored(self) -> dict[str, Any]:
@@ -323,7 +324,8 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
         logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
         return eval_dir
     wanted = [job for batch in (batches if task is None else [batches[task]]) for job in batch]
-    jobs = [job for job in wanted if not eval_dir.has_sample(*job)]
+    # All ranks share out one list: by the time the last one looks, the first may have saved a video.
+    jobs = dist_util.broadcast_object([job for job in wanted if not eval_dir.has_sample(*job)])
     _check_lengths(strategy, source, sorted({job.video for job in wanted}), settings.T)
     device = default_device(options.device)
     sampler = VideoSampler(build_model(weights, options.checkpoint_path, device), settings, device)
