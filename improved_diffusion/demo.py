@@ -109,8 +109,7 @@ def report(eval_dirs: list[Path], seconds: float) -> None:
         f"\ntraining: {trained_steps()} steps, denoising loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
     )
     for eval_dir in eval_dirs:
-        (pickle_path,) = eval_dir.glob("metrics_*.pkl")
-        print(f"\n{eval_dir.name}\n{format_table(pickle_path)}")
+        print(f"\n{eval_dir.name}\n{format_table(table_path(eval_dir))}")
         print(f"videos: {eval_dir / 'videos'}  samples: {eval_dir / 'samples'}")
     print("\nPSNR by predicted frame, mean over videos (dB)")
     curves = {d.name.split("_")[0]: frame_psnr(d) for d in eval_dirs}
@@ -121,10 +120,14 @@ def report(eval_dirs: list[Path], seconds: float) -> None:
     print(f"\ncheckpoints: {paths.run_dir(RUN_ID)}\ntotal time: {seconds / 60:.1f} minutes")
 
 
+def table_path(eval_dir: Path) -> Path:
+    """The table of all videos there; others may be left of runs with fewer videos."""
+    return paths.metrics_path(eval_dir, len(EvalDir(eval_dir).samples()), 1, T)
+
+
 def frame_psnr(eval_dir: Path) -> np.ndarray:
     """Mean PSNR over videos [predicted frames], from the table."""
-    (path,) = eval_dir.glob("metrics_*.pkl")
-    return read_table(path)["psnr"].mean(axis=(0, 1))
+    return read_table(table_path(eval_dir))["psnr"].mean(axis=(0, 1))
 
 
 def repeated_frame_psnr(eval_dir: Path) -> np.ndarray:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # What a user's mistake or the machine's state raises; anything else is a defect and shows its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, OSError)
+USER_ERRORS = (ValueError, OSError)
 
 
 def str2bool(text: str) -> bool:
