@@ -7,6 +7,7 @@ functions that compute something.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -220,6 +221,19 @@ def dev() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", _world.local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep memory that tensors free, instead of returning it and asking for it again.
+
+    Every tensor above 32 MB would otherwise be mapped anew, and the page faults of filling it cost
+    several times an addition of it. Does nothing where the C library is another.
+    """
+    m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -96,8 +96,7 @@ class RPEAttention(nn.Module):
         """
         size = x.shape[2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, num_frames))  # [B, T, D, C]
-        tokens = tokens.transpose(1, 2).flatten(0, 1)  # [B*D, T, C]
-        normed = self.norm.tokens(tokens)
+        normed = self.norm.across_frames(tokens).transpose(1, 2).flatten(0, 1)  # [B*D, T, C]
         qkv = self._split_heads(self.qkv(normed)).unflatten(0, (features.shape[0], -1))
         # [B, heads, D, T, F]
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)

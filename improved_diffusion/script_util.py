@@ -133,6 +133,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     from improved_diffusion import dist_util
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    dist_util.keep_freed_memory()
     try:
         main()
     except USER_ERRORS as error:

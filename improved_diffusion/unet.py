@@ -46,12 +46,14 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = config.use_scale_shift_norm
         emb_channels = out_channels * (2 if config.use_scale_shift_norm else 1)
         self.in_layers = nn.Sequential(
-            GroupNorm32(in_channels), nn.SiLU(), conv3x3(in_channels, out_channels)
+            GroupNorm32(in_channels, silu=True),
+            nn.Identity(),  # the norm applies SiLU itself; the published names count the layer
+            conv3x3(in_channels, out_channels),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, emb_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
-            nn.SiLU(),
+            GroupNorm32(out_channels, silu=True),
+            nn.Identity(),
             nn.Dropout(config.dropout),
             zero_module(conv3x3(out_channels, out_channels)),
         )
@@ -65,13 +67,12 @@ class ResBlock(nn.Module):
         hidden = self.in_layers(x)
         # The timestep is one per video: its terms are made once and spread over the frames.
         emb = self.emb_layers(context.time_embedding).to(hidden.dtype)
-        emb = emb.repeat_interleave(context.num_frames, dim=0)[:, :, None, None]
+        emb = emb.repeat_interleave(context.num_frames, dim=0)
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            hidden = torch.addcmul(shift, norm(hidden), 1 + scale)
+            hidden = norm(hidden, *emb.chunk(2, dim=1))
         else:
-            hidden = norm(hidden + emb)
+            hidden = norm(hidden + emb[:, :, None, None])
         for layer in rest:
             hidden = layer(hidden)
         return self.skip_connection(x) + hidden
@@ -154,7 +155,9 @@ class UNetVideoModel(nn.Module):
         self.output_blocks = self._decoder(widths, skip_widths, has_attention, embed_dim)
         out_channels = 6 if config.learn_sigma else 3
         self.out = nn.Sequential(
-            GroupNorm32(widths[0]), nn.SiLU(), zero_module(conv3x3(widths[0], out_channels))
+            GroupNorm32(widths[0], silu=True),
+            nn.Identity(),
+            zero_module(conv3x3(widths[0], out_channels)),
         )
         self.to(memory_format=torch.channels_last)
 
