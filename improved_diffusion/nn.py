@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -21,39 +22,73 @@ class GroupNorm32(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Normalise images [N, C, H, W]; with `scale`, `shift` [N, C]: norm * (1 + scale) + shift.
+        """Normalise images [N, C, H, W]; with `scale`, `shift` [N or 1, C]: norm * (1 + scale) + shift.
 
         SiLU follows where the layer was made with it.
         """
+        return self._images(x, scale, shift)[0]
+
+    def before(
+        self,
+        layer: Callable[[Tensor], Tensor],
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """`layer(self(x, scale, shift))`, whose backward pass computes the layer's input again.
+
+        Halves what a block keeps, for an affine map and a SiLU more, cheap beside a convolution.
+        """
+        out, slope, offset = self._images(x, scale, shift)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return layer(out)
+        image, address, dtype = x.detach(), out.data_ptr(), out.dtype
+
+        def again() -> Tensor:
+            with torch.no_grad():
+                return _as_images(_affine(_wide(_pixels(image)), slope, offset, self.silu).to(dtype), image)
+
+        def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+            return again if saved.data_ptr() == address and saved.shape == image.shape else saved
+
+        def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else kept()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return layer(out)
+
+    def _images(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if scale is not None and shift is not None:
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-        out = normalise(pixels, weight, bias, self._channels_per_group, self.eps, self.silu)
-        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        group_size = self.num_channels // self.num_groups
+        out, slope, offset = normalise(
+            _pixels(x), weight, bias, group_size, self.eps, self.silu
+        )
+        return _as_images(out, x), slope, offset
 
     def across_frames(self, x: Tensor) -> Tensor:
         """Normalise [B, T, D, C] with statistics over the T frames and the channels of a group."""
         num_pixels = x.shape[2]
         weight, bias = self.weight.repeat(num_pixels), self.bias.repeat(num_pixels)
-        out = normalise(x.flatten(2), weight, bias, self._channels_per_group, self.eps, self.silu)
+        group_size = self.num_channels // self.num_groups
+        out, _, _ = normalise(x.flatten(2), weight, bias, group_size, self.eps, self.silu)
         return out.view(x.shape)
-
-    @property
-    def _channels_per_group(self) -> int:
-        return self.num_channels // self.num_groups
 
 
 def normalise(
     x: Tensor, weight: Tensor, bias: Tensor, group_size: int, eps: float, silu: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Group normalisation (arXiv 1803.08494, Eq. 1) of [N, L, K], then SiLU if `silu`.
 
     Statistics are taken over L and each `group_size` consecutive ones of the K columns.
-    weight, bias: [K] or [N, K].
+    weight, bias: [K], [1, K] or [N, K]. Returns the result, and the slope and offset [N, K] of the
+    affine map of `x` that it is (before the SiLU).
     """
-    result: Tensor = _Normalise.apply(
+    result: tuple[Tensor, Tensor, Tensor] = _Normalise.apply(
         x, weight.expand(len(x), -1), bias.expand(len(x), -1), group_size, eps, silu
     )
     return result
@@ -62,52 +97,94 @@ def normalise(
 class _Normalise(torch.autograd.Function):
     """`normalise` by sums over L, which are fast in this memory layout, unlike torch's own kernels.
 
-    Keeps the input alone for the backward pass; what lies between is computed again.
+    Keeps the input alone for the backward pass; what lies between is computed again. On a CPU a few
+    images are done at a time, so that they stay in its cache and need little memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, group_size: int, eps: float, silu: bool
-    ) -> Tensor:
-        wide = _wide(x)
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count = x.shape[1] * group_size
-        mean = _group_sums(wide.sum(1), group_size) / count
-        variance = _group_sums((wide * wide).sum(1), group_size) / count - mean * mean
-        rstd = torch.rsqrt(variance.clamp(min=0) + eps)
-        slope = weight * _spread(rstd, group_size)
-        offset = torch.addcmul(bias, slope, _spread(mean, group_size), value=-1)
-        out = torch.addcmul(offset[:, None], wide, slope[:, None])
-        ctx.save_for_backward(x, weight, mean, rstd, slope, offset)
+        out = torch.empty_like(x)
+        slope, offset = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+        means, rstds = [], []
+        for part in _parts(x):
+            wide = _wide(x[part])
+            mean = _group_sums(wide.sum(1), group_size) / count
+            variance = _group_sums((wide * wide).sum(1), group_size) / count - mean * mean
+            rstd = torch.rsqrt(variance.clamp(min=0) + eps)
+            slope[part] = weight[part] * _spread(rstd, group_size)
+            offset[part] = bias[part] - slope[part] * _spread(mean, group_size)
+            _affine(wide, slope[part], offset[part], silu, out=out[part])
+            means.append(mean)
+            rstds.append(rstd)
+        ctx.save_for_backward(x, weight, torch.cat(means), torch.cat(rstds), slope, offset)
         ctx.group_size, ctx.silu = group_size, silu
-        return (F.silu(out, inplace=True) if silu else out).to(x.dtype)
+        ctx.mark_non_differentiable(slope, offset)
+        return out, slope, offset
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, rstd, slope, offset = ctx.saved_tensors
-        wide, grad, group_size = _wide(x), _wide(grad), ctx.group_size
-        if ctx.silu:
-            before = torch.addcmul(offset[:, None], wide, slope[:, None])
-            grad = torch.ops.aten.silu_backward(grad, before)
-        bias_grad = grad.sum(1)
-        product = (grad * wide).sum(1)
-        mean, rstd = _spread(mean, group_size), _spread(rstd, group_size)
-        weight_grad = rstd * (product - mean * bias_grad)
-        # dx = slope * grad - rstd * (a + b * normalised), a and b means over the group of
-        # weight * grad and weight * grad * normalised.
-        count = x.shape[1] * group_size
-        a = _spread(_group_sums(weight * bias_grad, group_size) / count, group_size)
-        b = _spread(_group_sums(weight * weight_grad, group_size) / count, group_size)
-        by_x = -b * rstd * rstd
-        constant = -rstd * a - by_x * mean
-        x_grad = torch.addcmul(constant[:, None], wide, by_x[:, None])
-        x_grad.addcmul_(grad, slope[:, None])
-        return x_grad.to(x.dtype), weight_grad, bias_grad, None, None, None
+        mean, rstd = _spread(mean, ctx.group_size), _spread(rstd, ctx.group_size)
+        x_grad = torch.empty_like(x)
+        weight_grad, bias_grad = torch.empty_like(slope), torch.empty_like(slope)
+        for part in _parts(x):
+            wide, by_out = _wide(x[part]), _wide(grad[part])
+            if ctx.silu:
+                by_out = torch.ops.aten.silu_backward(
+                    by_out, _affine(wide, slope[part], offset[part], silu=False)
+                )
+            bias_grad[part] = by_out.sum(1)
+            weight_grad[part] = rstd[part] * (
+                (by_out * wide).sum(1) - mean[part] * bias_grad[part]
+            )
+            # dx = slope * by_out - rstd * (a + b * normalised), a and b means over the group of
+            # weight * by_out and weight * by_out * normalised.
+            a, b = (
+                _spread(_group_sums(weight[part] * sums[part], ctx.group_size), ctx.group_size)
+                * rstd[part] / (x.shape[1] * ctx.group_size)
+                for sums in (bias_grad, weight_grad)
+            )
+            b = b * rstd[part]
+            by_x = _affine(wide, -b, b * mean[part] - a, silu=False)
+            x_grad[part] = by_x.addcmul_(by_out, slope[part, None])
+        return x_grad, weight_grad, bias_grad, None, None, None
+
+
+CACHE_ELEMENTS = 2**20  # a few megabytes
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the first axis: as many images at a time as fit a CPU's cache; all on a GPU."""
+    images = len(x) if x.is_cuda else max(1, CACHE_ELEMENTS // max(1, x[0].numel()))
+    return (slice(start, start + images) for start in range(0, len(x), images))
 
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision as float32, which the sums need; other tensors as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _affine(
+    x: Tensor, slope: Tensor, offset: Tensor, silu: bool, out: Tensor | None = None
+) -> Tensor:
+    """slope * x + offset of [N, L, K] and [N, K], then SiLU if `silu`; rounded only into `out`."""
+    same = out is not None and out.dtype == x.dtype
+    result = torch.addcmul(offset[:, None], x, slope[:, None], out=out if same else None)
+    if silu:
+        F.silu(result, inplace=True)
+    return result if out is None or same else out.copy_(result)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _as_images(pixels: Tensor, like: Tensor) -> Tensor:
+    return pixels.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _group_sums(columns: Tensor, group_size: int) -> Tensor:

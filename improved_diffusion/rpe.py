@@ -34,7 +34,10 @@ class RPENet(nn.Module):
         self.out = zero_module(nn.Linear(channels, channels))
 
     def forward(self, features: Tensor, time_embedding: Tensor) -> Tensor:
-        """[B, T, T, heads, F] for distance features [B, T, T, 3] and time embedding [B, E]."""
+        """[B, T, T, heads, F] for distance features [B, T, T, 3] and time embedding [B, E].
+
+        Either may have one row in place of B.
+        """
         hidden = (
             self.embed_distances(features)
             + self.embed_diffusion_time(time_embedding)[:, None, None]
@@ -91,22 +94,19 @@ class RPEAttention(nn.Module):
     ) -> Tensor:
         """Each pixel over the T frames: [B*T, C, H, W] -> the same, channels-last.
 
-        features: [B, T, T, 3] from `distance_features`; time_embedding: [B, E]; mask: bool
+        features: [B or 1, T, T, 3] from `distance_features`; time_embedding: [B or 1, E]; mask: bool
         [B, T, T], True where frame i may attend to frame j, or None for all.
         """
-        size = x.shape[2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, num_frames))  # [B, T, D, C]
-        normed = self.norm.across_frames(tokens).transpose(1, 2).flatten(0, 1)  # [B*D, T, C]
-        qkv = self._split_heads(self.qkv(normed)).unflatten(0, (features.shape[0], -1))
+        normed = self.norm.across_frames(tokens)
         # [B, heads, D, T, F]
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        q, k, v = self._split_heads(self.qkv(normed)).permute(3, 0, 4, 2, 1, 5)
         out = self._attend_with_positions(q, k, v, features, time_embedding, mask)
-        result = normed + self.proj_out(out.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1))
-        result = result.unflatten(0, (features.shape[0], -1)).transpose(1, 2).flatten(0, 1)
-        return result.unflatten(1, size).permute(0, 3, 1, 2)
+        result = normed + self.proj_out(out.permute(0, 3, 2, 1, 4).flatten(3))
+        return result.flatten(0, 1).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _split_heads(self, qkv: Tensor) -> Tensor:
-        """[N, L, 3*C] -> [N, L, 3, heads, F]: q, k and v outermost, heads inside."""
+        """[..., 3*C] -> [..., 3, heads, F]: q, k and v outermost, heads inside."""
         return qkv.unflatten(-1, (3, self.num_heads, -1))
 
     def _attend_with_positions(
@@ -129,12 +129,13 @@ class RPEAttention(nn.Module):
             for rpe in (self.rpe_q, self.rpe_k, self.rpe_v)
         )
         scale = q.shape[-1] ** -0.5
-        q, k = q * scale**0.5, k * scale**0.5
-        logits = q @ k.transpose(-1, -2)  # [B, heads, D, i, j]
-        root = scale**0.5
+        q, r_q = q * scale, r_q * scale
         # One product per frame, over all pixels at once: [.., i, D, F] x [.., i, F, j].
-        logits = logits + root * (q.transpose(2, 3) @ r_k.transpose(-1, -2)).transpose(2, 3)
-        logits = logits + root * (k.transpose(2, 3) @ r_q.transpose(-1, -2)).permute(0, 1, 3, 4, 2)
+        logits = (
+            q @ k.transpose(-1, -2)  # [B, heads, D, i, j]
+            + (q.transpose(2, 3) @ r_k.transpose(-1, -2)).transpose(2, 3)
+            + (k.transpose(2, 3) @ r_q.transpose(-1, -2)).permute(0, 1, 3, 4, 2)
+        )
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
         weights = logits.float().softmax(dim=-1).to(v.dtype)

@@ -31,8 +31,8 @@ class FrameContext:
     """What every block needs to know beside its activations."""
 
     num_frames: int
-    time_embedding: Tensor  # [B, E]
-    distances: Tensor  # [B, T, T, 3], see rpe.distance_features
+    time_embedding: Tensor  # [B or 1, E]
+    distances: Tensor  # [B or 1, T, T, 3], see rpe.distance_features
     attention_mask: Tensor | None  # bool [B, T, T]; None: every frame sees every frame
 
 
@@ -64,17 +64,19 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, context: FrameContext) -> Tensor:
-        hidden = self.in_layers(x)
+        norm, _, conv = self.in_layers
+        assert isinstance(norm, GroupNorm32)
+        hidden = norm.before(conv, x)
         # The timestep is one per video: its terms are made once and spread over the frames.
         emb = self.emb_layers(context.time_embedding).to(hidden.dtype)
-        emb = emb.repeat_interleave(context.num_frames, dim=0)
-        norm, *rest = self.out_layers
+        if len(emb) > 1:
+            emb = emb.repeat_interleave(context.num_frames, dim=0)
+        norm, rest = self.out_layers[0], self.out_layers[1:]
+        assert isinstance(norm, GroupNorm32)
         if self.use_scale_shift_norm:
-            hidden = norm(hidden, *emb.chunk(2, dim=1))
+            hidden = norm.before(rest, hidden, *emb.chunk(2, dim=1))
         else:
-            hidden = norm(hidden + emb[:, :, None, None])
-        for layer in rest:
-            hidden = layer(hidden)
+            hidden = norm.before(rest, hidden + emb[:, :, None, None])
         return self.skip_connection(x) + hidden
 
 
@@ -228,7 +230,8 @@ class UNetVideoModel(nn.Module):
 
         x, x0: noisy and clean frames [B, T, 3, H, W], pixels in [-1, 1]; x0 is read where observed.
         timesteps: [B], scaled to 0..1000. obs_mask, latent_mask: float [B, T, 1, 1, 1]; a frame in
-        neither is padding. frame_indices: int [B, T], positions in the whole video.
+        neither is padding. frame_indices: int [B, T], positions in the whole video. timesteps and
+        frame_indices may have one row where all videos share it, whose terms are then made once.
         """
         batch_size, num_frames = x.shape[:2]
         indicator = obs_mask.expand(-1, -1, -1, *x.shape[3:])
