@@ -221,7 +221,7 @@ def bound_dataset(options: NllConfig) -> Bounds:
     if missing:
         device = default_device(options.device)
         bound = Bound(
-            build_model(weights, options.checkpoint_path, device),
+            build_model(weights, options.checkpoint_path, device, compile=options.compile),
             diffusion,
             seed=options.seed,
             batch_size=options.batch_size,

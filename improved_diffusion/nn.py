@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,9 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(32, channels)
         self.silu = silu
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         """Normalise images [N, C, H, W]; with `scale`, `shift` [N or 1, C]: norm * (1 + scale) + shift.
 
         SiLU follows where the layer was made with it.
@@ -46,7 +51,10 @@ class GroupNorm32(nn.GroupNorm):
 
         def again() -> Tensor:
             with torch.no_grad():
-                return _as_images(_affine(_wide(_pixels(image)), slope, offset, self.silu).to(dtype), image)
+                return _as_images(
+                    _affine(at_least_float32(_pixels(image)), slope, offset, self.silu).to(dtype),
+                    image,
+                )
 
         def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
             return again if saved.data_ptr() == address and saved.shape == image.shape else saved
@@ -65,9 +73,7 @@ class GroupNorm32(nn.GroupNorm):
         if scale is not None and shift is not None:
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
         group_size = self.num_channels // self.num_groups
-        out, slope, offset = normalise(
-            _pixels(x), weight, bias, group_size, self.eps, self.silu
-        )
+        out, slope, offset = normalise(_pixels(x), weight, bias, group_size, self.eps, self.silu)
         return _as_images(out, x), slope, offset
 
     def across_frames(self, x: Tensor) -> Tensor:
@@ -88,6 +94,13 @@ def normalise(
     weight, bias: [K], [1, K] or [N, K]. Returns the result, and the slope and offset [N, K] of the
     affine map of `x` that it is (before the SiLU).
     """
+    if torch.compiler.is_compiling():  # which fuses the plain formula itself
+        groups = at_least_float32(x).unflatten(2, (-1, group_size))
+        variance, mean = torch.var_mean(groups, dim=(1, 3), correction=0)
+        slope = weight * _spread(torch.rsqrt(variance + eps), group_size)
+        offset = bias - slope * _spread(mean, group_size)
+        out = at_least_float32(x) * slope[:, None] + offset[:, None]
+        return (F.silu(out) if silu else out).to(x.dtype), slope, offset
     result: tuple[Tensor, Tensor, Tensor] = _Normalise.apply(
         x, weight.expand(len(x), -1), bias.expand(len(x), -1), group_size, eps, silu
     )
@@ -110,7 +123,7 @@ class _Normalise(torch.autograd.Function):
         slope, offset = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
         means, rstds = [], []
         for part in _parts(x):
-            wide = _wide(x[part])
+            wide = at_least_float32(x[part])
             mean = _group_sums(wide.sum(1), group_size) / count
             variance = _group_sums((wide * wide).sum(1), group_size) / count - mean * mean
             rstd = torch.rsqrt(variance.clamp(min=0) + eps)
@@ -132,20 +145,19 @@ class _Normalise(torch.autograd.Function):
         x_grad = torch.empty_like(x)
         weight_grad, bias_grad = torch.empty_like(slope), torch.empty_like(slope)
         for part in _parts(x):
-            wide, by_out = _wide(x[part]), _wide(grad[part])
+            wide, by_out = at_least_float32(x[part]), at_least_float32(grad[part])
             if ctx.silu:
                 by_out = torch.ops.aten.silu_backward(
                     by_out, _affine(wide, slope[part], offset[part], silu=False)
                 )
             bias_grad[part] = by_out.sum(1)
-            weight_grad[part] = rstd[part] * (
-                (by_out * wide).sum(1) - mean[part] * bias_grad[part]
-            )
+            weight_grad[part] = rstd[part] * ((by_out * wide).sum(1) - mean[part] * bias_grad[part])
             # dx = slope * by_out - rstd * (a + b * normalised), a and b means over the group of
             # weight * by_out and weight * by_out * normalised.
             a, b = (
                 _spread(_group_sums(weight[part] * sums[part], ctx.group_size), ctx.group_size)
-                * rstd[part] / (x.shape[1] * ctx.group_size)
+                * rstd[part]
+                / (x.shape[1] * ctx.group_size)
                 for sums in (bias_grad, weight_grad)
             )
             b = b * rstd[part]
@@ -163,8 +175,8 @@ def _parts(x: Tensor) -> Iterator[slice]:
     return (slice(start, start + images) for start in range(0, len(x), images))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32, which the sums need; other tensors as they are."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, which sums need; other tensors as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -198,6 +210,20 @@ def _spread(groups: Tensor, group_size: int) -> Tensor:
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that keeps the image's size (or divides it by `stride`)."""
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+
+def compile_network(network: nn.Module) -> nn.Module:
+    """`network` through torch.compile: its first call takes minutes, then elementwise work is fused.
+
+    Raises ValueError where the C++ compiler that this needs is missing.
+    """
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"--compile True: there is no C++ compiler {compiler}: install it, name another in the "
+            "environment variable CXX, or leave --compile out"
+        )
+    return cast(nn.Module, torch.compile(network))
 
 
 def zero_module(module: Module) -> Module:

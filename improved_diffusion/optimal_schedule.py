@@ -191,7 +191,7 @@ def _denoising_error(
     ]
     device = default_device(options.device)
     return DenoisingError(
-        build_model(weights, options.checkpoint_path, device),
+        build_model(weights, options.checkpoint_path, device, compile=options.compile),
         create_diffusion(config_from_args(DiffusionConfig, weights.config)),
         np.stack(videos),
         num_timesteps=search.num_timesteps,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from improved_diffusion.nn import GroupNorm32, zero_module
+from improved_diffusion.nn import GroupNorm32, at_least_float32, zero_module
 
 
 def distance_features(frame_indices: Tensor) -> Tensor:
@@ -138,6 +138,6 @@ class RPEAttention(nn.Module):
         )
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
-        weights = logits.float().softmax(dim=-1).to(v.dtype)
+        weights = at_least_float32(logits).softmax(dim=-1).to(v.dtype)
         positional = (weights.transpose(2, 3) @ r_v).transpose(2, 3)
         return weights @ v + positional

@@ -21,6 +21,8 @@ from improved_diffusion.config import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from improved_diffusion.checkpoints import WeightsFile
     from improved_diffusion.dataset_files import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
@@ -251,7 +253,7 @@ def default_device(name: str = "") -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(path: str, device: str = "cpu") -> tuple[UNetVideoModel, dict[str, Any], int]:
+def load_model(path: str, device: str = "cpu") -> tuple[torch.nn.Module, dict[str, Any], int]:
     """(network in eval mode, flat config, step) of a model or EMA checkpoint.
 
     Half-precision weights are cast to float32. Raises FileNotFoundError or ValueError for a
@@ -263,11 +265,16 @@ def load_model(path: str, device: str = "cpu") -> tuple[UNetVideoModel, dict[str
     return build_model(weights, path, device), weights.config, weights.step
 
 
-def build_model(weights: WeightsFile, path: str, device: str) -> UNetVideoModel:
+def build_model(
+    weights: WeightsFile, path: str, device: str, *, compile: bool = False
+) -> torch.nn.Module:
     """The network of a checkpoint's config with its weights, in eval mode on `device`.
 
-    Raises ValueError naming `path` where the weights do not fit the config.
+    Raises ValueError naming `path` where the weights do not fit the config, and where `compile` asks
+    for a C++ compiler that is missing.
     """
+    from improved_diffusion.nn import compile_network
+
     config = weights.config
     if config.get("image_size") is None:  # its default is the data set's
         config = config | {
@@ -281,7 +288,8 @@ def build_model(weights: WeightsFile, path: str, device: str) -> UNetVideoModel:
         raise ValueError(
             f"{path}: the weights do not fit the network of its config: {first}"
         ) from None
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return compile_network(model) if compile else model
 
 
 def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:

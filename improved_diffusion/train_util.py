@@ -24,6 +24,7 @@ from improved_diffusion import checkpoints, dist_util, fp16_util, paths, validat
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
+from improved_diffusion.nn import compile_network
 from improved_diffusion.resample import create_schedule_sampler
 from improved_diffusion.rng_util import make_generator, randn
 from improved_diffusion.runs import Run, resume_command
@@ -83,6 +84,7 @@ class TrainLoop:
         if weights is not None:
             _load_weights(self.model, weights, config.resume_checkpoint or run.folder)
         self.ddp = dist_util.wrap_ddp(self.model)
+        self.trained = compile_network(self.ddp) if config.compile else self.ddp
         self.params = dict(self.model.named_parameters())
         self.emas = {rate: _copies(self.params) for rate in config.ema_rates}
         self.optimizer = torch.optim.AdamW(
@@ -277,7 +279,7 @@ class TrainLoop:
 
     def _network(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._autocast():
-            return self.ddp(*args, **kwargs)
+            return self.trained(*args, **kwargs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         config = self.config

@@ -220,13 +220,14 @@ class VideoSampler:
         obs_mask = torch.zeros(*indices.shape, 1, 1, 1, device=self.device)
         obs_mask[:, :num_observed] = 1
         seed = self.settings.options.seed
+        alike = (indices == indices[:1]).all()
         out = self._run_sampler(
             tuple(clean.shape),
             model_kwargs={
                 "x0": clean * obs_mask,
                 "obs_mask": obs_mask,
                 "latent_mask": 1 - obs_mask,
-                "frame_indices": torch.from_numpy(indices).to(self.device),
+                "frame_indices": torch.from_numpy(indices[:1] if alike else indices).to(self.device),
             },
             generators=[make_generator(seed, job.video, job.sample, stage) for job in jobs],
         )
@@ -241,9 +242,10 @@ class VideoSampler:
     ) -> Tensor:
         options = self.settings.options
 
-        def model(*args: Any, **kwargs: Any) -> Tensor:
+        def model(x: Tensor, timesteps: Tensor, **kwargs: Any) -> Tensor:
             self.network_calls += 1
-            return self.model(*args, **kwargs)
+            # All videos are at one timestep: what depends on it alone is made once for them all.
+            return self.model(x, timesteps[:1], **kwargs)
 
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16")
         with torch.inference_mode(), bf16:
@@ -291,6 +293,48 @@ class OneClip:
         return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
 
 
+def sample_video(
+    loaded: tuple[torch.nn.Module, dict[str, Any], int],
+    observed_frames: np.ndarray,
+    T: int,
+    strategy: str = "autoreg",
+    *,
+    max_frames: int | None = None,
+    step_size: int | None = None,
+    sampler: str = "dpmpp2m",
+    steps: int = 20,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continue uint8 [n, H, W, 3] to uint8 [T, H, W, 3]; ValueError for what does not fit.
+
+    loaded: of `script_util.load_model`. Defaults: max_frames as trained, step_size half of it.
+    """
+    model, model_config, step = loaded
+    size = model_config.get("image_size") or observed_frames.shape[-2]
+    if observed_frames.dtype != np.uint8 or observed_frames.shape[1:] != (size, size, 3):
+        found = f"{observed_frames.dtype} {list(observed_frames.shape)}"
+        raise ValueError(f"observed_frames: give uint8 [n, {size}, {size}, 3], not {found}")
+    if (max_frames := max_frames or model_config.get("max_frames")) is None:
+        raise ValueError("the checkpoint does not say its max_frames: give max_frames")
+    options = SampleConfig(
+        checkpoint_path="",
+        inference_mode=strategy,
+        step_size=step_size or max_frames // 2,
+        obs_length=len(observed_frames),
+        sampler=sampler,
+        timestep_respacing=str(steps),
+        device=str(next(model.parameters()).device),
+        seed=seed,
+    )
+    settings = SampleSettings(options, model_config, step, "", size, T, max_frames)
+    if (chosen := settings.strategy()).is_goal_directed:
+        raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
+    videos = np.zeros((1, T, 3, size, size), np.uint8)
+    videos[0, : len(observed_frames)] = observed_frames.transpose(0, 3, 1, 2)
+    list(VideoSampler(model, settings, options.device).sample(chosen, videos, [Job(0, 0)]))
+    return np.ascontiguousarray(videos[0].transpose(0, 2, 3, 1))
+
+
 def chosen_batches(options: SampleConfig, num_videos: int) -> list[list[Job]]:
     """All jobs that the options name, a list per batch of videos (array task i: the i-th)."""
     videos = choose_videos(num_videos, indices=options.indices, subset_size=options.subset_size)
@@ -328,7 +372,8 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     jobs = dist_util.broadcast_object([job for job in wanted if not eval_dir.has_sample(*job)])
     _check_lengths(strategy, source, sorted({job.video for job in wanted}), settings.T)
     device = default_device(options.device)
-    sampler = VideoSampler(build_model(weights, options.checkpoint_path, device), settings, device)
+    model = build_model(weights, options.checkpoint_path, device, compile=options.compile)
+    sampler = VideoSampler(model, settings, device)
     eval_dir.write_configs(weights.config, settings.stored())
     logger.info("%d videos to sample into %s", len(jobs), eval_dir.path)
     _sample_jobs(sampler, source, eval_dir, jobs[dist_util.rank() :: dist_util.world_size()])

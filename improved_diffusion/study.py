@@ -1,0 +1,338 @@
+"""A study of inference strategies at small scale: which frames to condition on, by documented commands.
+
+The study is a table of steps, each one of the project's scripts with its options. Steps run one
+after the other as a user would type them; what each took is kept in `<out>/steps/<name>.json`, a
+file of its own, so that several processes can work on different steps. study_report.py reads what
+the scripts have written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from improved_diffusion import paths
+from improved_diffusion.checkpoints import load_weights
+from improved_diffusion.config import StudyConfig
+from improved_diffusion.demo import run_script
+from improved_diffusion.evaluation import DISTANCES, MODES
+from improved_diffusion.inference_utils import create_strategy
+from improved_diffusion.metric_weights import sha256
+from improved_diffusion.results import read_json, write_json
+from improved_diffusion.script_util import array_task
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoints/pretrained/{dataset}/ema_0.999_latest.pt"
+PRESETS: dict[str, dict[str, Any]] = {
+    "memory_mazes": {
+        "obs_length": 36, "T": 150, "max_frames": 10, "step_size": 5, "num_videos": 8,
+        "optimal": False,
+    },
+    "bouncy_balls": {
+        "obs_length": 10, "T": 100, "max_frames": 8, "step_size": 4, "num_videos": 16,
+        "optimal": True,
+    },
+}  # fmt: skip
+SOLVER = "dpmpp2m"
+OPTIMAL_MODE, OPTIMAL_VIDEOS = "autoreg", 10
+
+
+def resolve(config: StudyConfig) -> StudyConfig:
+    """The options with the data set's preset where they were left open.
+
+    All other functions here take such resolved options. Raises ValueError for an unknown data set or
+    metric, and for strategies that cannot work with these sizes or do not sample each frame once.
+    """
+    if config.dataset not in PRESETS:
+        raise ValueError(f"{config.dataset!r} has no study: choose from {', '.join(PRESETS)}")
+    preset = PRESETS[config.dataset] | {
+        "checkpoint": CHECKPOINT.format(dataset=config.dataset),
+        "out": f"results/study/{config.dataset}",
+    }
+    left_open = {key: v for key, v in preset.items() if getattr(config, key) in (None, "", -1)}
+    config = dataclasses.replace(config, **left_open)
+    for mode in config.modes:
+        if mode not in MODES:
+            raise ValueError(f"--modes {mode!r} is unknown: choose from {', '.join(MODES)}")
+    for mode in dict.fromkeys(cell.strategy for cell in cells(config)):
+        strategy = create_strategy(
+            mode,
+            video_length=config.T,
+            num_obs=config.obs_length,
+            max_frames=config.max_frames,
+            step_size=config.step_size,
+            gibbs_sweeps=1,
+            distance="l2",
+            embed=None,
+        )
+        if strategy.is_goal_directed or strategy.samples_frame_twice:
+            raise ValueError(f"--strategies {mode}: does not sample every later frame, once each")
+    return config
+
+
+# ---------------------------------------------------------------- the commands
+
+
+class Cell(NamedTuple):
+    """One way of sampling the test videos."""
+
+    sampler: str
+    timesteps: int
+    strategy: str
+    optimal: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The folder below `out` of all strategies with this sampler."""
+        return f"{self.sampler}_{self.timesteps}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}_optimal" if self.optimal else self.strategy
+
+    @property
+    def step_name(self) -> str:
+        """The step that samples it."""
+        return f"sample.{self.folder}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the study: a script of scripts/ with its options, and a file that it writes."""
+
+    name: str
+    script: str
+    options: tuple[str, ...]
+    result: Path
+
+    @property
+    def command(self) -> str:
+        """As a user types it."""
+        return shlex.join(["python", f"scripts/{self.script}", *self.options])
+
+
+def cells(config: StudyConfig) -> list[Cell]:
+    """All that is sampled: every strategy with the solver, some with DDPM."""
+    strategies, with_ddpm = (
+        [name.strip() for name in names.split(",") if name.strip()]
+        for names in (config.strategies, config.ddpm_strategies)
+    )
+    found = [Cell(SOLVER, config.solver_steps, name) for name in strategies]
+    if config.optimal:
+        found.append(Cell(SOLVER, config.solver_steps, OPTIMAL_MODE, optimal=True))
+    return found + [Cell("ddpm", config.ddpm_steps, name) for name in with_ddpm]
+
+
+def eval_dir(config: StudyConfig, cell: Cell) -> Path:
+    """The evaluation directory of one cell."""
+    name = paths.inference_mode_str(
+        cell.strategy,
+        config.max_frames,
+        config.step_size,
+        config.T,
+        config.obs_length,
+        optimal=cell.optimal,
+    )
+    return Path(config.out) / cell.folder / name
+
+
+def commands(config: StudyConfig) -> list[Step]:
+    """The steps of the study in an order in which each finds what it needs.
+
+    The optimal schedule, whose search takes longest, comes last with all that needs it.
+    """
+    plain, optimal = ([c for c in cells(config) if c.optimal == which] for which in (False, True))
+    schedules = [_schedule_step(config, cell) for cell in optimal]
+    return _steps_of(config, plain) + schedules + _steps_of(config, optimal)
+
+
+def _steps_of(config: StudyConfig, chosen: list[Cell]) -> list[Step]:
+    """Sampling, scores, bounds and pictures of some cells."""
+    with_solver = [cell for cell in chosen if cell.sampler == SOLVER]
+    return [
+        *(_sample_step(config, cell) for cell in chosen),
+        *_score_steps(config, chosen),
+        *(_bound_step(config, cell) for cell in with_solver if config.elbo_videos),
+        *_picture_steps(config, chosen),
+    ]
+
+
+def _strategy_options(config: StudyConfig, cell: Cell) -> tuple[str, ...]:
+    """What the scripts that drive a strategy share."""
+    return (
+        config.checkpoint,
+        *("--inference_mode", cell.strategy, "--T", str(config.T)),
+        *("--obs_length", str(config.obs_length), "--max_frames", str(config.max_frames)),
+        *("--step_size", str(config.step_size), "--seed", str(config.seed)),
+        *("--eval_dir", str(Path(config.out) / cell.folder)),
+        *_device_options(config),
+    )
+
+
+def _device_options(config: StudyConfig) -> tuple[str, ...]:
+    return ("--device", config.device) if config.device else ()
+
+
+def _schedule_step(config: StudyConfig, cell: Cell) -> Step:
+    options = (*_strategy_options(config, cell), "--num_videos", str(OPTIMAL_VIDEOS))
+    result = paths.optimal_schedule_path(eval_dir(config, cell))
+    return Step(f"schedule.{cell.strategy}", "video_optimal_schedule.py", options, result)
+
+
+def _sample_step(config: StudyConfig, cell: Cell) -> Step:
+    options = (
+        *_strategy_options(config, cell),
+        *("--sampler", cell.sampler, "--timestep_respacing", str(cell.timesteps)),
+        *("--subset_size", str(config.num_videos)),
+        *(("--optimal",) if cell.optimal else ()),
+    )
+    return Step(cell.step_name, "video_sample.py", options, eval_dir(config, cell) / "samples")
+
+
+def _bound_step(config: StudyConfig, cell: Cell) -> Step:
+    options = (
+        *_strategy_options(config, cell),
+        *("--subset_size", str(config.elbo_videos)),
+        *(("--timestep_respacing", config.elbo_respacing) if config.elbo_respacing else ()),
+        *(("--optimal",) if cell.optimal else ()),
+    )
+    return Step(f"bound.{cell.name}", "video_nll.py", options, eval_dir(config, cell) / "elbos")
+
+
+def _score_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
+    """One command per table, so that the truth's features are computed once for all strategies."""
+    frame_modes = [mode for mode in config.modes if mode not in DISTANCES]
+    video_modes = [mode for mode in config.modes if mode in DISTANCES]
+    for name, dirs in _tables(config, chosen).items():
+        result = paths.metrics_path(dirs[-1], config.num_videos, 1, config.T)
+        shared = ("--eval_dir", *map(str, dirs), *_device_options(config), "--modes")
+        if frame_modes:
+            yield Step(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
+        if video_modes:
+            options = (*shared, *video_modes, "--floor")
+            yield Step(f"fvd.{name}", "video_eval_fvd.py", options, result)
+
+
+def _picture_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
+    for name, dirs in _tables(config, chosen).items():
+        picture = Path(config.out) / f"{name}.png"
+        options = ("--eval_dir", *map(str, dirs), "--out", str(picture))
+        yield Step(f"plot.{name}", "video_plot.py", options, picture)
+    for cell in chosen:
+        folder = eval_dir(config, cell)
+        options = ("--eval_dir", str(folder), "--add_gt", "--grid")
+        result = folder / "videos" / "grid.gif"
+        yield Step(f"gif.{cell.folder}.{cell.name}", "video_make_gif.py", options, result)
+
+
+def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:
+    """{name: evaluation directories to show together}, a table per sampler.
+
+    Optimal schedules stand in a table of their own, beside the sampler's first strategy.
+    """
+    found: dict[str, list[Path]] = {}
+    for cell in chosen:
+        name = f"{cell.folder}.optimal" if cell.optimal else cell.folder
+        first = next(other for other in cells(config) if other.folder == cell.folder)
+        dirs = found.setdefault(name, [eval_dir(config, first)] if cell.optimal else [])
+        dirs.append(eval_dir(config, cell))
+    return found
+
+
+# ---------------------------------------------------------------- running them
+
+
+def chosen_steps(config: StudyConfig, only: Sequence[str]) -> list[Step]:
+    """The steps whose names match one of the patterns `only` (none: all).
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    steps = commands(config)
+    for pattern in only:
+        if not fnmatch.filter([step.name for step in steps], pattern):
+            raise ValueError(f"--only {pattern!r} matches no step: --list shows their names")
+    return [s for s in steps if not only or any(fnmatch.fnmatch(s.name, p) for p in only)]
+
+
+def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
+    """Run the chosen steps that are not done.
+
+    A step is done if it ended well with the same command and the same checkpoint, and its result is
+    there. Raises ValueError or FileNotFoundError for a user's mistake and where a step fails.
+    """
+    if array_task() is not None:
+        raise ValueError(
+            "SLURM_ARRAY_TASK_ID would make every step do a part only: unset it, and spread the "
+            "study with --only"
+        )
+    steps = chosen_steps(config, only)
+    trained_on = load_weights(config.checkpoint).config.get("dataset")
+    if trained_on != config.dataset:
+        raise ValueError(
+            f"{config.checkpoint} was trained on {trained_on}, not on {config.dataset}: give the "
+            "other study, or another --checkpoint"
+        )
+    checkpoint = sha256(Path(config.checkpoint))
+    for step in steps:
+        identity = {"command": step.command, "checkpoint_sha256": checkpoint}
+        record = _record(config, step.name)
+        same = all(record.get(key) == value for key, value in identity.items())
+        if same and record["finished"] and step.result.exists():
+            logger.info("%s is done", step.name)
+        else:
+            fresh = identity | {"sittings": 0, "seconds": []}
+            _run_step(config, step, record if same and not record["finished"] else fresh)
+
+
+def _run_step(config: StudyConfig, step: Step, record: dict[str, Any]) -> None:
+    """Run one step; its record is right even if this process is killed."""
+    record = record | {"sittings": record["sittings"] + 1, "finished": False}
+    path = _record_path(config, step.name)
+    write_json(path, record)
+    began = time.monotonic()
+    try:
+        run_script(step.script, shlex.join(step.options))
+        record["finished"] = True
+    finally:
+        record["seconds"] = [*record["seconds"], time.monotonic() - began]
+        write_json(path, record)
+
+
+def _record_path(config: StudyConfig, step_name: str) -> Path:
+    return Path(config.out) / "steps" / f"{step_name}.json"
+
+
+def _record(config: StudyConfig, step_name: str) -> dict[str, Any]:
+    path = _record_path(config, step_name)
+    return read_json(path) if path.exists() else {}
+
+
+def step_time(config: StudyConfig, step_name: str, *, per: int = 1) -> str:
+    """The seconds that a finished step took, divided by `per`; "-" for any other step.
+
+    With a ">" where the time of a killed sitting is not known.
+    """
+    record = _record(config, step_name)
+    if not record.get("finished"):
+        return "-"
+    sign = ">" if len(record["seconds"]) < record["sittings"] else ""
+    return f"{sign}{sum(record['seconds']) / per:.1f}"
+
+
+def listing(config: StudyConfig, only: Sequence[str] = ()) -> str:
+    """The chosen steps, a line each: name, seconds taken, command."""
+    steps = chosen_steps(config, only)
+    width = max(len(step.name) for step in steps)
+    times = [step_time(config, step.name) for step in steps]
+    return "\n".join(
+        f"{step.name:{width}} {seconds:>9} {step.command}"
+        for step, seconds in zip(steps, times, strict=True)
+    )

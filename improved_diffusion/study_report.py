@@ -1,0 +1,245 @@
+"""The report of a study (study.py): tables with n and standard errors, from what its steps wrote.
+
+Nothing that the scripts measure is computed again. Only the classes of frames are new: the scores
+of those frames whose true pose returns to a place seen before tell of long-range coherence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from improved_diffusion import metric_tables, paths
+from improved_diffusion.config import StudyConfig
+from improved_diffusion.evaluation import DISTANCES
+from improved_diffusion.results import EvalDir
+from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.study import Cell, cells, commands, eval_dir, step_time
+from improved_diffusion.video_datasets import get_test_dataset
+
+logger = logging.getLogger(__name__)
+
+HAS_POSES = ("memory_mazes",)
+# Two poses are near each other that differ by at most so much, and a frame returns to a pose only
+# if it is more than so many frames later: a walker is near the place where it was just before.
+NEAR_CELLS, NEAR_RADIANS, GAP_FRAMES = 0.5, np.radians(20), 20
+
+
+# ---------------------------------------------------------------- long-range coherence
+
+
+def near_poses(poses: np.ndarray) -> np.ndarray:
+    """bool [T, T]: which poses, [T, 3] (x, y in cells, heading in radians), are near each other."""
+    place, heading = poses[:, :2].astype(np.float64), poses[:, 2].astype(np.float64)
+    distance = np.linalg.norm(place[:, None] - place[None], axis=-1)
+    turn = np.abs((heading[:, None] - heading[None] + np.pi) % (2 * np.pi) - np.pi)
+    return (distance <= NEAR_CELLS) & (turn <= NEAR_RADIANS)
+
+
+def frame_classes(poses: np.ndarray, obs_length: int) -> dict[str, np.ndarray]:
+    """{class: bool [T]} of the frames from `obs_length` on, by the true poses [T, 3].
+
+    A frame returns to an earlier one that is near it and more than GAP_FRAMES before it:
+        returns to observed: to one of the first `obs_length` frames;
+        returns to sampled: to later ones alone;
+        new: to none.
+
+    It cannot tell everything: the network is not told the actions, so a sampled walk may leave the
+    true one, and is then scored against another place than it shows. A sample can be coherent in
+    itself and still score badly here; that the strategies differ is what counts.
+    """
+    index = np.arange(len(poses))
+    returns = near_poses(poses) & (index[None] < index[:, None] - GAP_FRAMES)
+    to_observed = returns[:, :obs_length].any(axis=1)
+    to_sampled = returns[:, obs_length:].any(axis=1) & ~to_observed
+    sampled = index >= obs_length
+    return {
+        "returns to observed": sampled & to_observed,
+        "returns to sampled": sampled & to_sampled,
+        "new": sampled & ~to_observed & ~to_sampled,
+    }
+
+
+def class_masks(config: StudyConfig, info: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """{class: bool [videos, 1, frames]} for the table of an evaluation directory.
+
+    info: what the table's .json says. Raises FileNotFoundError where the poses are missing.
+    """
+    spec = stored_dataset(config.dataset, EvalDir(folder).model_config())
+    files = get_test_dataset(spec, T=config.T).files
+    rows = []
+    for video in info["videos"]:
+        path = spec.root / "poses" / "test" / files.paths[video].name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; {spec.how_to_make}")
+        poses = np.load(path)[:: spec.frame_rate.stride][: config.T]
+        rows.append(frame_classes(poses, config.obs_length))
+    frames = info["frames"]
+    return {name: np.stack([row[name][frames] for row in rows])[:, None] for name in rows[0]}
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Scores(NamedTuple):
+    """The table of metrics of one cell; both are empty where there is none yet."""
+
+    table: dict[str, np.ndarray]
+    info: dict[str, Any]
+
+
+def read_scores(config: StudyConfig) -> dict[Cell, Scores]:
+    """The tables of all cells."""
+    found = {}
+    for cell in cells(config):
+        path = paths.metrics_path(eval_dir(config, cell), config.num_videos, 1, config.T)
+        exists = path.exists()
+        found[cell] = Scores(
+            metric_tables.read_table(path) if exists else {}, metric_tables.read_info(path)
+        )
+    return found
+
+
+def write_report(config: StudyConfig) -> Path:
+    """Write `<out>/tables.md` from all that is there; returns its path. Gaps are shown as "-"."""
+    scores = read_scores(config)
+    parts = [
+        f"# {config.dataset}",
+        f"{config.num_videos} test videos of {config.T} frames, the first {config.obs_length} "
+        f"observed, {config.max_frames} frames in one network call, {config.step_size} of them "
+        "sampled. Mean ± standard error over videos; in brackets the difference from the first "
+        "strategy of the same sampler, paired over videos. "
+        "Seconds are those of the sampling command, its start included.",
+        score_table(config, scores),
+        coherence_table(config, scores) if config.dataset in HAS_POSES else "",
+        "## Commands\n\n```bash\n"
+        + "\n".join(
+            f"{step.command}  # {step_time(config, step.name)} s" for step in commands(config)
+        )
+        + "\n```",
+    ]
+    path = Path(config.out) / "tables.md"
+    with paths.atomic_write(path) as file:
+        file.write(("\n\n".join(filter(None, parts)) + "\n").encode())
+    logger.info("wrote %s", path)
+    return path
+
+
+def score_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
+    """All frames' scores, a row per cell, as markdown; the last row is the floor of FVD and KVD."""
+    bound = f"chain of {config.elbo_respacing or 'all'} timesteps"
+    heads = [*_heads(config.modes), f"bits/dim ({bound})", "s/video"]
+    rows = [
+        [
+            cell.folder,
+            cell.name,
+            *(_score(scores, cell, mode) for mode in config.modes),
+            _bits(config, cell),
+            step_time(config, cell.step_name, per=config.num_videos),
+        ]
+        for cell in scores
+    ]
+    floors = [_floor(scores, mode) for mode in config.modes]
+    if any(floors):
+        rows.append(["true videos", "floor", *(floor or "-" for floor in floors), "-", "-"])
+    return _markdown(["sampler", "strategy", *heads], rows)
+
+
+def coherence_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
+    """Scores of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
+    modes = [mode for mode in config.modes if mode not in DISTANCES]
+    rows = []
+    for cell, (_, info) in scores.items():
+        masks = class_masks(config, info, eval_dir(config, cell)) if info else {}
+        for name, mask in masks.items():
+            counts = [str(mask.sum()), str(mask.any(axis=(1, 2)).sum())]
+            values = [_score(scores, cell, mode, mask) for mode in modes]
+            rows.append([name, cell.folder, cell.name, *counts, *values])
+    heads = ["true pose", "sampler", "strategy", "frames", "videos", *_heads(modes)]
+    # Rows of one class stand together.
+    return _markdown(heads, sorted(rows, key=lambda row: row[0])) if rows else ""
+
+
+def _heads(modes: Sequence[str]) -> list[str]:
+    return [f"{mode.upper()} (dB)" if mode == "psnr" else mode.upper() for mode in modes]
+
+
+def _score(
+    scores: dict[Cell, Scores], cell: Cell, mode: str, mask: np.ndarray | None = None
+) -> str:
+    """One metric of one cell, over the frames of `mask` (None: all)."""
+    table, info = scores[cell]
+    if mode not in table:
+        return "-"
+    if mode in DISTANCES:
+        return _plus_minus(info["metrics"][mode])
+
+    def summary(values: np.ndarray) -> dict[str, Any]:
+        return metric_tables.summarise(values if mask is None else np.where(mask, values, np.nan))
+
+    shown = _plus_minus(summary(table[mode]))
+    first = next(other for other in scores if other.folder == cell.folder)
+    if shown == "-" or first == cell or mode not in scores[first].table:
+        return shown
+    with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
+        difference = table[mode] - scores[first].table[mode]
+    return f"{shown} ({_plus_minus(summary(difference), sign='+')})"
+
+
+def _floor(scores: dict[Cell, Scores], mode: str) -> str:
+    """The distance between true videos that stands in the first table that has one."""
+    for _, info in scores.values():
+        floor = info.get("metrics", {}).get(mode, {}).get("floor")
+        if floor:
+            return f"{floor['value']:.4g} (n = {floor['n']})"
+    return ""
+
+
+def _bits(config: StudyConfig, cell: Cell) -> str:
+    """The bound of one cell in bits per dimension, and its difference as in `_score`."""
+    bounds = video_bounds(config, cell)
+    if not bounds:
+        return "-"
+    shown = _bits_summary(list(bounds.values()))
+    first = next(other for other in cells(config) if other.folder == cell.folder)
+    others = {} if first == cell else video_bounds(config, first)
+    shared = bounds.keys() & others.keys()
+    if shared:
+        shown += f" ({_bits_summary([bounds[v] - others[v] for v in shared], sign='+')})"
+    return f"{shown}, n = {len(bounds)}"
+
+
+def _bits_summary(bits: list[float], sign: str = "") -> str:
+    mean, error = metric_tables.mean_and_error(np.array(bits))
+    return _plus_minus({"mean": mean, "standard_error": error}, sign)
+
+
+def video_bounds(config: StudyConfig, cell: Cell) -> dict[str, float]:
+    """{file of a video's bounds: bits per dimension of its frames that are not observed}."""
+    folder = eval_dir(config, cell)
+    files = sorted((folder / "elbos").glob("elbo_*.npy"))
+    if not files:
+        return {}
+    size = stored_dataset(config.dataset, EvalDir(folder).model_config()).image_size
+    dimensions = (config.T - config.obs_length) * 3 * size**2
+    return {file.name: float(metric_tables.load_elbo(file).sum()) / dimensions for file in files}
+
+
+def _plus_minus(row: dict[str, Any], sign: str = "") -> str:
+    """A summary's mean and standard error, this with two digits and both to the same place."""
+    mean, error = row["mean"], row["standard_error"]
+    if mean is None:
+        return "-"
+    if not error:
+        return f"{mean:{sign}.4g}"
+    places = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{mean:{sign}.{places}f} ± {error:.{places}f}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,27 @@
+"""Measure what training and sampling cost here, beside what this machine could do at most.
+
+Prints a table and writes it as JSON. One process; --sizes, --measure and the sizes' own options
+choose what is measured.
+"""
+
+import argparse
+
+from improved_diffusion.config import BenchmarkConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, BenchmarkConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = config_from_args(BenchmarkConfig, create_argparser().parse_args(argv))
+    from improved_diffusion.benchmark import format_report, run_benchmark
+
+    print(format_report(run_benchmark(config)))
+
+
+if __name__ == "__main__":
+    run_main(main)

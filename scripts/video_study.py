@@ -1,0 +1,41 @@
+"""Compare inference strategies on a small data set by the documented commands, one after the other.
+
+Steps that are done are skipped; --only spreads them over sittings and processes. Writes
+<out>/tables.md, the plots <out>/<sampler>.png, and an evaluation directory per strategy.
+"""
+
+import argparse
+
+from improved_diffusion.config import StudyConfig
+from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, StudyConfig)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="steps whose names match one of these patterns"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print names, seconds and commands; run nothing"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    options = config_from_args(StudyConfig, args)
+    from improved_diffusion import study
+
+    config = study.resolve(options)
+    if args.list:
+        print(study.listing(config, args.only))
+    else:
+        from improved_diffusion.study_report import write_report
+
+        study.run(config, args.only)
+        print(write_report(config))
+
+
+if __name__ == "__main__":
+    run_main(main)
