@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from improved_diffusion import dist_util, paths
@@ -140,13 +141,15 @@ class WandbRun:
     """The run at wandb, so far as wandb works: no failure of it stops training.
 
     WANDB_ENTITY, WANDB_PROJECT, WANDB_MODE and the rest are wandb's own to read. Without a login
-    and a mode it works offline; with WANDB_MODE=disabled it is not even imported.
+    and a mode it works offline; with WANDB_MODE=disabled it is not even imported. A thread of its
+    own does all this in order, so that training never waits for it; `finish` does.
     """
 
     def __init__(self, run_id: str, config: Mapping[str, Any]) -> None:
         self._run: Any = None
-        if os.environ.get("WANDB_MODE") != "disabled":
-            self._try("start", lambda: self._start(run_id.rsplit("/", 1)[-1], dict(config)))
+        self._works = os.environ.get("WANDB_MODE") != "disabled"
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._do("start", lambda: self._start(run_id.rsplit("/", 1)[-1], dict(config)))
 
     def _start(self, wandb_id: str, config: dict[str, Any]) -> None:
         import wandb
@@ -165,23 +168,26 @@ class WandbRun:
                 logger.warning("wandb: cannot start (%s): logging offline", _first_line(error))
         self._run = wandb.init(id=wandb_id, config=config, mode="offline")
 
+    def _do(self, what: str, action: Callable[[], Any]) -> None:
+        if self._works:
+            self._thread.submit(self._try, what, action)
+
     def _try(self, what: str, action: Callable[[], Any]) -> None:
         """Do it, or say what failed and stay silent from then on."""
         try:
-            action()
+            if self._works:
+                action()
         except Exception as error:  # whatever goes wrong in wandb or on its way
             logger.warning("wandb: cannot %s (%s): going on without it", what, _first_line(error))
-            self._run = None
+            self._works = False
 
     def log(self, row: Row, step: int) -> None:
         """Send one row of numbers."""
-        if self._run is not None:
-            self._try("log", lambda: self._run.log(dict(row), step=step))
+        self._do("log", lambda: self._run.log(dict(row), step=step))
 
     def log_videos(self, files: Sequence[str], step: int) -> None:
         """Send gif files."""
-        if self._run is not None:
-            self._try("log videos", lambda: self._log_videos(files, step))
+        self._do("log videos", lambda: self._log_videos(files, step))
 
     def _log_videos(self, files: Sequence[str], step: int) -> None:
         import wandb
@@ -189,9 +195,9 @@ class WandbRun:
         self._run.log({"samples": [wandb.Video(file, format="gif") for file in files]}, step=step)
 
     def finish(self) -> None:
-        """Send what is left."""
-        if self._run is not None:
-            self._try("finish", self._run.finish)
+        """Send what is left, and wait until that is done."""
+        self._do("finish", lambda: self._run.finish())
+        self._thread.shutdown()
 
 
 def _require_answer(url: str) -> None:

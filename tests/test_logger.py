@@ -4,6 +4,7 @@ import csv
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_wandb_that_fails_is_told_once_and_forgotten(monkeypatch, caplog):
             raise RuntimeError("server on fire\ndetails")
 
     run = WandbRun("id", {})
-    run._run = Broken()
+    run._run, run._works = Broken(), True
     run.log({"loss": 1.0}, 1)
     run.log({"loss": 1.0}, 2)
     run.log_videos([], 2)
@@ -118,3 +119,28 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         with pytest.raises(OSError):
             logger._require_answer(f"http://127.0.0.1:{server.getsockname()[1]}")
         assert time.perf_counter() - began < 5
+
+
+def test_training_does_not_wait_for_wandb_to_start(monkeypatch):
+    release, logged = threading.Event(), []
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+
+    def slow_start(self, wandb_id, config):
+        assert release.wait(10)
+        self._run = Run()
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(WandbRun, "_start", slow_start)
+    run = WandbRun("id", {})
+    run.log({"loss": 1.0}, 1)
+    run.log({"loss": 2.0}, 2)
+    assert logged == []
+    release.set()
+    run.finish()
+    assert logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), "finished"]
