@@ -445,3 +445,17 @@ def wait_for(path, process, limit_s=60):
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_compile_trains_the_compiled_network(videos, monkeypatch):
+    seen = []
+
+    def compile_network(network):
+        seen.append(network)
+        return network
+
+    monkeypatch.setattr(train_util, "compile_network", compile_network)
+    plain = make_loop(str(videos), max_steps=1)
+    assert not seen
+    compiled = make_loop(str(videos), max_steps=1, compile=True)
+    assert seen == [compiled.ddp] and compiled.trained is compiled.ddp and plain.trained is plain.ddp

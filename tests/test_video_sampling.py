@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion import paths
+from improved_diffusion import nn, paths
 from improved_diffusion.config import SampleConfig
 from improved_diffusion.results import EvalDir, load_video
 from improved_diffusion.video_sampling import sample_dataset
@@ -270,3 +270,17 @@ def test_the_documented_array_job_command_works(checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in tmp_path.glob("results/**/samples/*.npy"))
     assert names == [f"sample_000{video}-{s}.npy" for video in (2, 3) for s in (0, 1)]
+
+
+def test_compile_samples_with_the_compiled_network(checkpoint, monkeypatch):
+    seen = []
+
+    def compile_network(network):
+        seen.append(network)
+        return network
+
+    monkeypatch.setattr(nn, "compile_network", compile_network)
+    sample(checkpoint, sampler="dpmpp2m", timestep_respacing="2")
+    assert not seen
+    sample(checkpoint, sampler="heun", timestep_respacing="2", compile=True)
+    assert len(seen) == 1
