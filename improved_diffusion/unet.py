@@ -44,6 +44,7 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.use_scale_shift_norm = config.use_scale_shift_norm
+        self.use_checkpoint = config.use_checkpoint
         emb_channels = out_channels * (2 if config.use_scale_shift_norm else 1)
         self.in_layers = nn.Sequential(
             GroupNorm32(in_channels, silu=True),
@@ -64,20 +65,23 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, context: FrameContext) -> Tensor:
-        norm, _, conv = self.in_layers
-        assert isinstance(norm, GroupNorm32)
-        hidden = norm.before(conv, x)
+        hidden = self._norm_then(self.in_layers, x)
         # The timestep is one per video: its terms are made once and spread over the frames.
         emb = self.emb_layers(context.time_embedding).to(hidden.dtype)
         if len(emb) > 1:
             emb = emb.repeat_interleave(context.num_frames, dim=0)
-        norm, rest = self.out_layers[0], self.out_layers[1:]
-        assert isinstance(norm, GroupNorm32)
         if self.use_scale_shift_norm:
-            hidden = norm.before(rest, hidden, *emb.chunk(2, dim=1))
+            hidden = self._norm_then(self.out_layers, hidden, *emb.chunk(2, dim=1))
         else:
-            hidden = norm.before(rest, hidden + emb[:, :, None, None])
+            hidden = self._norm_then(self.out_layers, hidden + emb[:, :, None, None])
         return self.skip_connection(x) + hidden
+
+    def _norm_then(self, layers: nn.Sequential, x: Tensor, *scale_and_shift: Tensor) -> Tensor:
+        norm, rest = layers[0], layers[1:]
+        assert isinstance(norm, GroupNorm32)
+        if self.use_checkpoint:  # computes the whole block again, so nothing in it need be kept
+            return rest(norm(x, *scale_and_shift))
+        return norm.before(rest, x, *scale_and_shift)
 
 
 class FactorizedAttentionBlock(nn.Module):
