@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import io
 import logging
 import os
@@ -149,6 +150,9 @@ class WandbRun:
         self._run: Any = None
         self._works = os.environ.get("WANDB_MODE") != "disabled"
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        if self._works:
+            # Not in the thread: data workers that fork meanwhile would wait for its imports.
+            self._try("be imported", lambda: importlib.import_module("wandb"))
         self._do("start", lambda: self._start(run_id.rsplit("/", 1)[-1], dict(config)))
 
     def _start(self, wandb_id: str, config: dict[str, Any]) -> None:

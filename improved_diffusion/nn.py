@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -218,7 +219,7 @@ def compile_network(network: nn.Module) -> nn.Module:
     Raises ValueError where the C++ compiler that this needs is missing.
     """
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         raise ValueError(
             f"--compile True: there is no C++ compiler {compiler}: install it, name another in the "
             "environment variable CXX, or leave --compile out"

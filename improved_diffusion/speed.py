@@ -144,6 +144,7 @@ def profile_table(step: Callable[[], Any], title: str) -> str:
 
     `title`, then operation, self time, share and calls, the longest first.
     """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_initialized()
@@ -152,7 +153,12 @@ def profile_table(step: Callable[[], Any], title: str) -> str:
         step()
         _synchronise()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
-    events = [(getattr(event, field), event.key, event.count) for event in profiler.key_averages()]
+    # A GPU's kernels also stand by themselves: counted with the operations that start them, once.
+    events = [
+        (getattr(event, field), event.key, event.count)
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU
+    ]
     total = sum(us for us, _, _ in events)
     lines = [["operation", "self ms", "share", "calls"]]
     for us, name, calls in sorted(events, reverse=True):

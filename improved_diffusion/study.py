@@ -265,8 +265,9 @@ def chosen_steps(config: StudyConfig, only: Sequence[str]) -> list[Step]:
 def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
     """Run the chosen steps that are not done.
 
-    A step is done if it ended well with the same command and the same checkpoint, and its result is
-    there. Raises ValueError or FileNotFoundError for a user's mistake and where a step fails.
+    A step is done if it ended well with the same command, and its result is there. Raises ValueError
+    or FileNotFoundError for a user's mistake (results of another checkpoint or of more videos in
+    `out` among them) and where a step fails.
     """
     if array_task() is not None:
         raise ValueError(
@@ -281,6 +282,7 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
             "other study, or another --checkpoint"
         )
     checkpoint = sha256(Path(config.checkpoint))
+    _check_folder(config, checkpoint)
     for step in steps:
         identity = {"command": step.command, "checkpoint_sha256": checkpoint}
         record = _record(config, step.name)
@@ -290,6 +292,23 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
         else:
             fresh = identity | {"sittings": 0, "seconds": []}
             _run_step(config, step, record if same and not record["finished"] else fresh)
+
+
+def _check_folder(config: StudyConfig, checkpoint: str) -> None:
+    """Refuse a folder whose results would be mixed up with those to come."""
+    for path in sorted(Path(config.out, "steps").glob("*.json")):
+        if read_json(path).get("checkpoint_sha256") != checkpoint:
+            raise ValueError(
+                f"{path}: made with another checkpoint than {config.checkpoint}: give another --out"
+            )
+    for cell in cells(config):
+        folder = eval_dir(config, cell)
+        names = [paths.parse_sample_name(path.name) for path in (folder / "samples").glob("*")]
+        if len({name[0] for name in names if name}) > config.num_videos:
+            raise ValueError(
+                f"{folder}: has samples of more than {config.num_videos} videos: give "
+                "--num_videos as before, or another --out"
+            )
 
 
 def _run_step(config: StudyConfig, step: Step, record: dict[str, Any]) -> None:

@@ -310,7 +310,8 @@ def sample_video(
     loaded: of `script_util.load_model`. Defaults: max_frames as trained, step_size half of it.
     """
     model, model_config, step = loaded
-    size = model_config.get("image_size") or observed_frames.shape[-2]
+    if (size := model_config.get("image_size")) is None:  # as in the network: the data set's
+        size = stored_dataset(model_config.get("dataset", ""), model_config).image_size
     if observed_frames.dtype != np.uint8 or observed_frames.shape[1:] != (size, size, 3):
         found = f"{observed_frames.dtype} {list(observed_frames.shape)}"
         raise ValueError(f"observed_frames: give uint8 [n, {size}, {size}, 3], not {found}")

@@ -128,13 +128,27 @@ def test_the_table_and_the_file_agree(tmp_path, monkeypatch, capsys):
     assert "small, fp32: one forward call" in profile and "aten::" in profile
 
 
-def test_bf16_is_measured_beside_float32(tmp_path):
+def test_bf16_is_measured_beside_float32(tmp_path, monkeypatch):
+    limits, convolutions = [], set()
+
+    def record_limits(device, dtype):
+        limits.append(dtype)
+        return 1.0, 1.0
+
+    def record_output(module, args, output):
+        if isinstance(module, torch.nn.Conv2d):
+            convolutions.add((len(limits), output.dtype))
+
+    monkeypatch.setattr(speed, "limits", record_limits)
     options = {"batch_size": 1, "max_frames": 1, "repeats": 1, "precision": "fp32,bf16"}
     config = BenchmarkConfig("small", "forward", **options, out=str(tmp_path / "b.json"))
-    fp32, bf16 = benchmark.run_benchmark(config)["rows"]
+    with torch.nn.modules.module.register_module_forward_hook(record_output):
+        fp32, bf16 = benchmark.run_benchmark(config)["rows"]
     assert (fp32["precision"], bf16["precision"]) == ("fp32", "bf16")
     assert fp32["gflop"] == pytest.approx(bf16["gflop"])
-    assert fp32["conv_limit"] != bf16["conv_limit"]
+    assert limits == [torch.float32] * 2 + [torch.bfloat16] * 2  # before and after each
+    timed = {(1, torch.float32), (3, torch.bfloat16)}
+    assert timed <= convolutions and not {(1, torch.bfloat16), (3, torch.float32)} & convolutions
 
 
 def test_equal_networks_share_their_rows_and_large_ones_are_left_out(tmp_path, monkeypatch):

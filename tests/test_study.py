@@ -12,6 +12,7 @@ from helpers import make_checkpoint
 from improved_diffusion import paths, study, study_report
 from improved_diffusion.config import StudyConfig
 from improved_diffusion.metric_tables import read_info, read_table
+from improved_diffusion.results import EvalDir
 from improved_diffusion.study_report import Scores
 from test_readme import load_script
 
@@ -149,15 +150,25 @@ def test_only_chosen_steps_run_each_with_a_record_of_its_own(config, ran):
         study.run(config, ["sampel.*"])
 
 
-def test_a_step_without_its_result_or_with_another_checkpoint_runs_again(config, ran):
+def test_a_step_without_its_result_runs_again_and_another_checkpoint_is_refused(config, ran):
     only = ["sample.dpmpp2m_2.autoreg"]
     study.run(config, only)
     sample = paths.sample_path(study.eval_dir(config, study.cells(config)[0]), 0, 0).parent
     sample.rename(sample.with_name("moved"))
     study.run(config, only)
+    assert len(ran) == 2
     make_checkpoint(Path(config.checkpoint), "memory_mazes", lr=0.5)
-    study.run(config, only)
-    assert len(ran) == 3
+    with pytest.raises(ValueError, match="another checkpoint .*: give another --out"):
+        study.run(config, only)
+
+
+def test_samples_of_more_videos_are_refused(config, ran):
+    eval_dir = EvalDir(study.eval_dir(config, study.cells(config)[0]))
+    for video in range(config.num_videos + 1):
+        eval_dir.save_sample(video, 0, np.zeros((config.T, 3, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match="samples of more than .* videos"):
+        study.run(config)
+    assert not ran
 
 
 def test_the_time_of_all_sittings_of_a_step_counts(config, monkeypatch):
