@@ -273,7 +273,7 @@ data = get_train_dataset("mazes_cwvae", T=12, max_frames=3, pad_with_random_fram
 sampler = ShardedSampler(len(data), rank=rank, world_size=world_size, seed=0)
 for epoch, index in itertools.takewhile(lambda key: key[0] == 0, sampler):
     video = int(data[epoch, index]["frames"][0, 0, 0, 0])
-    print("read", rank, video)
+    sys.stdout.write(f"read {rank} {video}\\n")  # in one piece: lines of two ranks may mingle
 dist_util.cleanup()
 """
 
