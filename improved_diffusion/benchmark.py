@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import fp16_util, paths, speed
-from improved_diffusion.config import BenchmarkConfig, TrainConfig
+from improved_diffusion.config import BenchmarkConfig, TrainConfig, check_known
 from improved_diffusion.dataset_files import DatasetSpec
 from improved_diffusion.frame_masks import draw_frames
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -441,9 +441,7 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
 def choose(flag: str, text: str, known: Collection[str]) -> list[str]:
     """The names in a comma list; ValueError for one that is not among `known`."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--{flag} {name!r} is unknown: choose from {', '.join(known)}")
+    check_known(flag, names, known)
     return names
 
 

@@ -6,6 +6,7 @@ that consumes an option reads it from the dataclass.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -19,11 +20,15 @@ def check_choices(config: Any) -> None:
     """Raise ValueError for a field whose value is not among its choices."""
     for item in fields(config):
         choices = item.metadata.get("choices")
-        value = getattr(config, item.name)
-        if choices and value not in choices:
-            raise ValueError(
-                f"--{item.name} {value!r} is unknown: choose from {', '.join(choices)}"
-            )
+        if choices:
+            check_known(item.name, [getattr(config, item.name)], choices)
+
+
+def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:
+    """Raise ValueError for the first of a flag's values that is not among `known`."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"--{flag} {value!r} is unknown: choose from {', '.join(known)}")
 
 
 def defaults(*groups: type) -> dict[str, Any]:

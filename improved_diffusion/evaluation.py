@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from improved_diffusion import metric_tables, paths
-from improved_diffusion.config import EvalConfig
+from improved_diffusion.config import EvalConfig, check_known
 from improved_diffusion.frechet_video_distance import (
     frechet_distance,
     kernel_distance,
@@ -350,9 +350,7 @@ def evaluate(config: EvalConfig) -> Outcome:
 
     Raises ValueError or FileNotFoundError for a user's mistake, before anything is computed.
     """
-    for mode in config.modes:
-        if mode not in MODES:
-            raise ValueError(f"--modes {mode!r} is unknown: choose from {', '.join(MODES)}")
+    check_known("modes", config.modes, MODES)
     if config.floor and not set(config.modes) & set(DISTANCES):
         raise ValueError("--floor goes with --modes fvd or kvd: add one of them")
     folders = [Path(folder) for folder in dict.fromkeys(config.eval_dir)]

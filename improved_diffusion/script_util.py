@@ -275,11 +275,7 @@ def build_model(
     """
     from improved_diffusion.nn import compile_network
 
-    config = weights.config
-    if config.get("image_size") is None:  # its default is the data set's
-        config = config | {
-            "image_size": stored_dataset(config.get("dataset", ""), config).image_size
-        }
+    config = weights.config | {"image_size": trained_image_size(weights.config)}
     model = create_model(config_from_args(ModelConfig, config))
     try:
         model.load_state_dict(weights.state_dict)
@@ -290,6 +286,14 @@ def build_model(
         ) from None
     model = model.to(device).eval()
     return compile_network(model) if compile else model
+
+
+def trained_image_size(model_config: dict[str, Any]) -> int:
+    """Height and width of a checkpoint's frames: its option, or else the data set's."""
+    size = model_config.get("image_size")
+    if size is None:
+        size = stored_dataset(model_config.get("dataset", ""), model_config).image_size
+    return size
 
 
 def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:

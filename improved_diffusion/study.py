@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from improved_diffusion import paths
 from improved_diffusion.checkpoints import load_weights
-from improved_diffusion.config import StudyConfig
+from improved_diffusion.config import StudyConfig, check_known
 from improved_diffusion.demo import run_script
 from improved_diffusion.evaluation import DISTANCES, MODES
 from improved_diffusion.inference_utils import create_strategy
@@ -59,9 +59,7 @@ def resolve(config: StudyConfig) -> StudyConfig:
     }
     left_open = {key: v for key, v in preset.items() if getattr(config, key) in (None, "", -1)}
     config = dataclasses.replace(config, **left_open)
-    for mode in config.modes:
-        if mode not in MODES:
-            raise ValueError(f"--modes {mode!r} is unknown: choose from {', '.join(MODES)}")
+    check_known("modes", config.modes, MODES)
     for mode in dict.fromkeys(cell.strategy for cell in cells(config)):
         strategy = create_strategy(
             mode,
@@ -284,12 +282,12 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
     checkpoint = sha256(Path(config.checkpoint))
     _check_folder(config, checkpoint)
     for step in steps:
-        identity = {"command": step.command, "checkpoint_sha256": checkpoint}
         record = _record(config, step.name)
-        same = all(record.get(key) == value for key, value in identity.items())
+        same = record.get("command") == step.command
         if same and record["finished"] and step.result.exists():
             logger.info("%s is done", step.name)
         else:
+            identity = {"command": step.command, "checkpoint_sha256": checkpoint}
             fresh = identity | {"sittings": 0, "seconds": []}
             _run_step(config, step, record if same and not record["finished"] else fresh)
 

@@ -33,6 +33,7 @@ from improved_diffusion.script_util import (
     create_diffusion,
     default_device,
     stored_dataset,
+    trained_image_size,
 )
 from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
@@ -310,8 +311,7 @@ def sample_video(
     loaded: of `script_util.load_model`. Defaults: max_frames as trained, step_size half of it.
     """
     model, model_config, step = loaded
-    if (size := model_config.get("image_size")) is None:  # as in the network: the data set's
-        size = stored_dataset(model_config.get("dataset", ""), model_config).image_size
+    size = trained_image_size(model_config)
     if observed_frames.dtype != np.uint8 or observed_frames.shape[1:] != (size, size, 3):
         found = f"{observed_frames.dtype} {list(observed_frames.shape)}"
         raise ValueError(f"observed_frames: give uint8 [n, {size}, {size}, 3], not {found}")
