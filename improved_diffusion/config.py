@@ -31,6 +31,14 @@ def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> Non
             raise ValueError(f"--{flag} {value!r} is unknown: choose from {', '.join(known)}")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is given and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+
+
 def defaults(*groups: type) -> dict[str, Any]:
     """{option: default} of option groups, in order; options without a default are left out."""
     items: list[Field[Any]] = [item for group in groups for item in fields(group)]
@@ -94,8 +102,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.diffusion_steps < 1:
-            raise ValueError(f"--diffusion_steps {self.diffusion_steps}: must be at least 1")
+        check_positive(self, "diffusion_steps")
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise ValueError(
                 f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
@@ -157,10 +164,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        positive = ("batch_size", "max_frames", "log_interval", "save_interval")
-        for name in (*positive, "sample_steps", "valid_videos"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_positive(self, "batch_size", "max_frames", "log_interval", "save_interval")
+        check_positive(self, "sample_steps", "valid_videos")
         not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
@@ -267,9 +272,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("step_size", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_positive(self, "step_size", "num_samples", "batch_size")
         if self.subset_size is not None and self.indices is not None:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
         if self.obs_video and (self.indices is not None or self.subset_size is not None):
@@ -368,10 +371,7 @@ class EvalConfig:
             raise ValueError(
                 f"--dataset_partition {self.dataset_partition!r} is unknown: choose from test, train"
             )
-        for name in ("num_samples", "T", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
+        check_positive(self, "num_samples", "T", "batch_size")
         if self.ssim_data_range <= 0:
             raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
 
@@ -409,15 +409,28 @@ class PlotConfig:
 class GifConfig:
     """Videos to look at (gallery.py)."""
 
-    eval_dir: str = field(
-        metadata={"help": "evaluation directory: the folder that holds samples/ (required)"}
+    eval_dir: tuple[str, ...] = field(
+        metadata={
+            "help": "evaluation directory: the folder that holds samples/; several stand side by "
+            "side in a grid (required)",
+            "nargs": "+",
+            "item_type": str,
+        }
     )
     format: str = option("gif", "file format", choices=("gif", "mp4"))
     add_gt: bool = option(False, "put the true video to the left of each sample", flag=True)
     grid: bool = option(
         False, "write one grid of all videos (rows) and samples (columns) instead", flag=True
     )
+    out: str = option("", "file of the grid, .gif or .mp4 (default: in videos/ of the first eval_dir)")
+    num_videos: int | None = option(None, "test videos to show, the first ones (default: all)")
+    every: int = option(1, "show every n-th frame")
+    width: int = option(128, "enlarge smaller frames by a whole factor up to about this width")
     fps: int = option(10, "frames per second")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "num_videos", "every", "width", "fps")
 
 
 @dataclass(frozen=True)
@@ -466,9 +479,7 @@ class StudyConfig:
     seed: int = option(0, "seed of the noise")
 
     def __post_init__(self) -> None:
-        for name in ("solver_steps", "ddpm_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_positive(self, "solver_steps", "ddpm_steps")
         if self.elbo_videos < 0:
             raise ValueError(f"--elbo_videos {self.elbo_videos}: must not be negative")
 
@@ -478,16 +489,16 @@ class ScheduleConfig:
     """The search for an optimal schedule (optimal_schedule.py), beyond the options of sampling."""
 
     num_videos: int = option(10, "training videos to average over")
-    num_timesteps: int = option(10, "diffusion timesteps to average over, an even grid")
+    num_timesteps: int = option(
+        10, "diffusion timesteps to average over, the middles of equal parts of the chain"
+    )
     start_from: str = option(
         "nothing", "observed frames to start from in each step", choices=("nothing", "nearest")
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("num_videos", "num_timesteps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_positive(self, "num_videos", "num_timesteps")
 
 
 @dataclass(frozen=True)
@@ -521,9 +532,6 @@ class BenchmarkConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_frames", "repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
+        check_positive(self, "batch_size", "max_frames", "repeats")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: must not be negative")

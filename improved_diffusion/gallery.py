@@ -18,7 +18,6 @@ from improved_diffusion.video_io import add_border, write_video
 logger = logging.getLogger(__name__)
 
 GAP = 2  # grey pixels between the videos of a grid
-SCALE_TO = 128  # smaller videos are enlarged by a whole factor up to about this width
 
 
 def tile(rows: list[list[np.ndarray]]) -> np.ndarray:
@@ -29,47 +28,82 @@ def tile(rows: list[list[np.ndarray]]) -> np.ndarray:
     return whole.transpose(0, 2, 3, 1)
 
 
-def enlarge(video: np.ndarray) -> np.ndarray:
-    """Repeat the pixels of [T, 3, h, w] so that a small video can be looked at."""
-    factor = max(1, SCALE_TO // video.shape[-1])
+def enlarge(video: np.ndarray, width: int) -> np.ndarray:
+    """Repeat the pixels of [T, 3, h, w] by a whole factor, up to about `width` pixels."""
+    factor = max(1, width // video.shape[-1])
     return video.repeat(factor, axis=2).repeat(factor, axis=3)
 
 
 def make_gallery(config: GifConfig) -> list[Path]:
-    """Write `videos/<name>.<format>` for each sample, or one grid; returns the files."""
-    eval_dir = EvalDir(config.eval_dir)
-    samples = eval_dir.samples()
-    stored = eval_dir.sample_config()
-    truth = _truth(eval_dir) if config.add_gt else None
-    observed = stored.get("observed_frames", [])
+    """Write `videos/<name>.<format>` for each sample, or one grid; returns the files.
 
-    def row(video: int, indices: list[int]) -> list[np.ndarray]:
-        videos = [load_video(paths.sample_path(eval_dir.path, video, i)) for i in indices]
-        length = len(videos[0])
-        if truth is not None:
-            true = truth.read(video)
-            if len(true) < length:  # the sample goes on where the data ends: hold black
-                true = np.concatenate(
-                    [true, np.zeros((length - len(true), *true.shape[1:]), np.uint8)]
-                )
-            videos.insert(0, true)
-        is_observed = np.isin(np.arange(length), observed)
-        return [add_border(enlarge(np.asarray(v)), is_observed) for v in videos]
+    Raises ValueError for a user's mistake, before anything is written.
+    """
+    if not config.grid and (len(config.eval_dir) > 1 or config.out):
+        raise ValueError("several --eval_dir, and --out, go with --grid")
+    eval_dirs = [EvalDir(path) for path in config.eval_dir]
+    if not config.grid:
+        folder = eval_dirs[0].path / "videos"
+        names = [(v, i) for v, of in _videos(config, eval_dirs).items() for i in of]
+        return [
+            _write(
+                folder / f"{paths.sample_name(video, sample)}.{config.format}",
+                [_row(config, eval_dirs, video, [sample])],
+                config.fps,
+            )
+            for video, sample in tqdm(names, unit="video")
+        ]
+    out = Path(config.out or eval_dirs[0].path / "videos" / f"grid.{config.format}")
+    videos = _videos(config, eval_dirs)
+    columns = min(len(indices) for indices in videos.values())
+    rows = [_row(config, eval_dirs, v, indices[:columns]) for v, indices in videos.items()]
+    return [_write(out, rows, config.fps)]
 
-    folder = eval_dir.path / "videos"
-    if config.grid:
-        columns = min(len(indices) for indices in samples.values())
-        grid = tile([row(video, indices[:columns]) for video, indices in samples.items()])
-        return [_write(folder / f"grid.{config.format}", grid, config.fps)]
-    names = [(video, sample) for video, indices in samples.items() for sample in indices]
-    return [
-        _write(
-            folder / f"{paths.sample_name(video, sample)}.{config.format}",
-            tile([row(video, [sample])]),
-            config.fps,
-        )
-        for video, sample in tqdm(names, unit="video")
+
+def _videos(config: GifConfig, eval_dirs: list[EvalDir]) -> dict[int, list[int]]:
+    """{video: samples} that all directories have, of those that the options ask for."""
+    found = [eval_dir.samples() for eval_dir in eval_dirs]
+    shared = {
+        video: [i for i in samples if all(i in other.get(video, ()) for other in found)]
+        for video, samples in found[0].items()
+    }
+    shared = {video: samples for video, samples in shared.items() if samples}
+    if not shared:
+        raise ValueError(f"{' and '.join(config.eval_dir)}: no sample is in all of them")
+    return dict(list(shared.items())[: config.num_videos])
+
+
+def _row(
+    config: GifConfig, eval_dirs: list[EvalDir], video: int, indices: list[int]
+) -> list[np.ndarray]:
+    """The truth, if it is asked for, and the samples of one video, as they are shown."""
+
+    def shown(frames: np.ndarray, eval_dir: EvalDir) -> np.ndarray:
+        observed = eval_dir.sample_config().get("observed_frames", [])
+        chosen = np.arange(0, len(frames), config.every)
+        frames = enlarge(np.asarray(frames)[chosen], config.width)
+        return add_border(frames, np.isin(chosen, observed))
+
+    samples = [
+        (load_video(paths.sample_path(eval_dir.path, video, i)), eval_dir)
+        for eval_dir in eval_dirs
+        for i in indices
     ]
+    shapes = {frames.shape for frames, _ in samples}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{' and '.join(config.eval_dir)}: samples of video {video} differ in shape: "
+            f"{', '.join(map(str, sorted(shapes)))}"
+        )
+    row = [shown(frames, eval_dir) for frames, eval_dir in samples]
+    if config.add_gt:
+        length = len(samples[0][0])
+        true = _truth(eval_dirs[0]).read(video)
+        if len(true) < length:  # the sample goes on where the data ends: hold black
+            black = np.zeros((length - len(true), *true.shape[1:]), np.uint8)
+            true = np.concatenate([true, black])
+        row.insert(0, shown(true, eval_dirs[0]))
+    return row
 
 
 def _truth(eval_dir: EvalDir) -> VideoTestSet:
@@ -83,6 +117,6 @@ def _truth(eval_dir: EvalDir) -> VideoTestSet:
     )
 
 
-def _write(path: Path, frames: np.ndarray, fps: int) -> Path:
-    write_video(path, frames, fps=fps)
+def _write(path: Path, rows: list[list[np.ndarray]], fps: int) -> Path:
+    write_video(path, tile(rows), fps=fps)
     return path

@@ -52,8 +52,10 @@ def plan_steps(strategy: InferenceStrategyBase) -> dict[int, tuple[list[int], li
 class DenoisingError:
     """The mean squared error of the predicted noise on latent frames, given observed ones.
 
-    Averaged over training videos, uint8 [n, T, 3, H, W], and an even grid of timesteps. The noise of
-    a video, step and timestep is always the same, so that candidates differ in nothing else.
+    Averaged over training videos, uint8 [n, T, 3, H, W], and an even grid of timesteps: the middles
+    of equal parts of the chain. (Its very first timestep would outweigh all others: there the noise
+    can hardly be told from its absence, whatever is observed.) The noise of a video, step and
+    timestep is always the same, so that candidates differ in nothing else.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class DenoisingError:
     ):
         self.model, self.diffusion, self.videos = model, diffusion, videos
         self.batch_size, self.seed, self.device = batch_size, seed, device
-        grid = np.linspace(0, diffusion.num_timesteps - 1, num_timesteps).astype(int)
+        parts = np.linspace(0, diffusion.num_timesteps, num_timesteps, endpoint=False)
+        grid = (parts + diffusion.num_timesteps / num_timesteps / 2).astype(int)
         self.rows = [(video, int(t)) for video in range(len(videos)) for t in grid]
 
     @torch.inference_mode()

@@ -42,7 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SOLVER = "dpmpp2m"
-OPTIMAL_MODE, OPTIMAL_VIDEOS = "autoreg", 10
+# One timestep, the chain's middle: about 50,000 calls for bouncy_balls, an hour of one core.
+OPTIMAL_MODE, OPTIMAL_VIDEOS, OPTIMAL_TIMESTEPS = "autoreg", 10, 1
+# Small files, three videos: a grid of all would be hundreds of megabytes.
+GIF_OPTIONS = ("--num_videos", "3", "--width", "64", "--every", "2", "--fps", "8")
 
 
 def resolve(config: StudyConfig) -> StudyConfig:
@@ -180,7 +183,10 @@ def _device_options(config: StudyConfig) -> tuple[str, ...]:
 
 
 def _schedule_step(config: StudyConfig, cell: Cell) -> Step:
-    options = (*_strategy_options(config, cell), "--num_videos", str(OPTIMAL_VIDEOS))
+    options = (
+        *_strategy_options(config, cell),
+        *("--num_videos", str(OPTIMAL_VIDEOS), "--num_timesteps", str(OPTIMAL_TIMESTEPS)),
+    )
     result = paths.optimal_schedule_path(eval_dir(config, cell))
     return Step(f"schedule.{cell.strategy}", "video_optimal_schedule.py", options, result)
 
@@ -221,14 +227,11 @@ def _score_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
 
 def _picture_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
     for name, dirs in _tables(config, chosen).items():
-        picture = Path(config.out) / f"{name}.png"
-        options = ("--eval_dir", *map(str, dirs), "--out", str(picture))
-        yield Step(f"plot.{name}", "video_plot.py", options, picture)
-    for cell in chosen:
-        folder = eval_dir(config, cell)
-        options = ("--eval_dir", str(folder), "--add_gt", "--grid")
-        result = folder / "videos" / "grid.gif"
-        yield Step(f"gif.{cell.folder}.{cell.name}", "video_make_gif.py", options, result)
+        shared = ("--eval_dir", *map(str, dirs), "--out")
+        picture, grid = (Path(config.out) / f"{name}.{suffix}" for suffix in ("png", "gif"))
+        yield Step(f"plot.{name}", "video_plot.py", (*shared, str(picture)), picture)
+        options = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
+        yield Step(f"gif.{name}", "video_make_gif.py", options, grid)
 
 
 def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:

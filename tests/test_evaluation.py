@@ -611,3 +611,29 @@ def test_a_grid_puts_the_truth_beside_the_samples(eval_dir, tmp_path):
 
     height, width = iio.imread(eval_dir.path / "videos/grid.mp4").shape[1:3]
     assert width == height == 3 * (128 + 4)  # truth and 2 samples; 3 videos
+
+
+def test_a_grid_puts_several_directories_side_by_side(eval_dir, tmp_path):
+    import shutil
+
+    import imageio.v3 as iio
+
+    other = shutil.copytree(eval_dir.path, tmp_path / "other")
+    for path in (other / "samples").glob("sample_*-1.npy"):
+        path.unlink()
+    args = ("--eval_dir", eval_dir.path, other, "--grid", "--add_gt", "--out", tmp_path / "a.gif")
+    options = ("--num_videos", "2", "--every", "5", "--width", "40")
+    done = run_script("video_make_gif.py", *args, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    length = len(np.load(eval_dir.path / "samples/sample_0000-0.npy"))
+    frames = iio.imread(tmp_path / "a.gif", mode="RGB")
+    size = 32 + 4  # enlarged by no whole factor
+    assert frames.shape == (-(-length // 5), 2 * size, 3 * size, 3)
+    np.testing.assert_array_equal(frames[:, :, size : 2 * size], frames[:, :, 2 * size :])
+
+    done = run_script("video_make_gif.py", *args[:3], cwd=tmp_path)
+    assert done.returncode and "several --eval_dir, and --out, go with --grid" in done.stderr
+    short = np.load(other / "samples/sample_0000-0.npy")[:-1]
+    np.save(other / "samples/sample_0000-0.npy", short)
+    done = run_script("video_make_gif.py", *args, cwd=tmp_path)
+    assert done.returncode and "samples of video 0 differ in shape" in done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +126,13 @@ class TestOptimalSchedule:
         eval_dir = sample(checkpoint, indices=(0,), optimal=True)
         assert eval_dir.path == paths_found[0].parent
         assert load(eval_dir, 0).shape[0] == 8
+
+    def test_averages_over_the_middles_of_equal_parts_of_the_chain(self):
+        error = optimal_schedule.DenoisingError(
+            None, SimpleNamespace(num_timesteps=100), np.zeros((2, 8, 3, 4, 4), np.uint8),
+            num_timesteps=4, batch_size=1, seed=0, device="cpu",
+        )  # fmt: skip
+        assert error.rows == [(v, t) for v in range(2) for t in (12, 37, 62, 87)]
 
     def test_takes_the_frames_with_the_least_error_and_resumes(self, tmp_path):
         wanted = {2, 5}
