@@ -286,13 +286,15 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
     _check_folder(config, checkpoint)
     for step in steps:
         record = _record(config, step.name)
-        same = record.get("command") == step.command
-        if same and record["finished"] and step.result.exists():
+        finished = record.get("finished") and step.result.exists()
+        if finished and record["command"] == step.command:
             logger.info("%s is done", step.name)
-        else:
-            identity = {"command": step.command, "checkpoint_sha256": checkpoint}
-            fresh = identity | {"sittings": 0, "seconds": []}
-            _run_step(config, step, record if same and not record["finished"] else fresh)
+            continue
+        if not finished and record.get("finished", True):  # never begun, or its result is gone
+            record = {"sittings": 0, "seconds": []}
+        # Otherwise the step goes on from what is there, of fewer videos it may be: times add up.
+        identity = {"command": step.command, "checkpoint_sha256": checkpoint}
+        _run_step(config, step, record | identity)
 
 
 def _check_folder(config: StudyConfig, checkpoint: str) -> None:

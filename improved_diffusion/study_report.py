@@ -18,7 +18,7 @@ from improved_diffusion.config import StudyConfig
 from improved_diffusion.evaluation import DISTANCES
 from improved_diffusion.results import EvalDir
 from improved_diffusion.script_util import stored_dataset
-from improved_diffusion.study import Cell, cells, commands, eval_dir, step_time
+from improved_diffusion.study import SOLVER, Cell, cells, commands, eval_dir, step_time
 from improved_diffusion.video_datasets import get_test_dataset
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,9 @@ def write_report(config: StudyConfig) -> Path:
         f"# {config.dataset}",
         f"{config.num_videos} test videos of {config.T} frames, the first {config.obs_length} "
         f"observed, {config.max_frames} frames in one network call, {config.step_size} of them "
-        "sampled. Mean ± standard error over videos; in brackets the difference from the first "
-        "strategy of the same sampler, paired over videos. "
-        "Seconds are those of the sampling command, its start included.",
+        "sampled. Mean ± standard error over videos; in brackets the difference, paired over "
+        "videos, from the first strategy of the same sampler or, for DDPM, from the same strategy "
+        "with the solver. Seconds are those of the sampling command, its start included.",
         score_table(config, scores),
         coherence_table(config, scores) if config.dataset in HAS_POSES else "",
         "## Commands\n\n```bash\n"
@@ -164,6 +164,16 @@ def coherence_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
     return _markdown(heads, sorted(rows, key=lambda row: row[0])) if rows else ""
 
 
+def reference(of: Sequence[Cell], cell: Cell) -> Cell:
+    """The cell that differences are taken from: for DDPM the same strategy with the solver.
+
+    For the solver, and where the solver has not sampled that strategy, it is the sampler's first.
+    """
+    with_solver = (c for c in of if c.sampler == SOLVER and c.name == cell.name)
+    first = next(c for c in of if c.folder == cell.folder)
+    return first if cell.sampler == SOLVER else next(with_solver, first)
+
+
 def _heads(modes: Sequence[str]) -> list[str]:
     return [f"{mode.upper()} (dB)" if mode == "psnr" else mode.upper() for mode in modes]
 
@@ -182,11 +192,11 @@ def _score(
         return metric_tables.summarise(values if mask is None else np.where(mask, values, np.nan))
 
     shown = _plus_minus(summary(table[mode]))
-    first = next(other for other in scores if other.folder == cell.folder)
-    if shown == "-" or first == cell or mode not in scores[first].table:
+    other = reference(list(scores), cell)
+    if shown == "-" or other == cell or mode not in scores[other].table:
         return shown
     with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
-        difference = table[mode] - scores[first].table[mode]
+        difference = table[mode] - scores[other].table[mode]
     return f"{shown} ({_plus_minus(summary(difference), sign='+')})"
 
 
@@ -205,8 +215,8 @@ def _bits(config: StudyConfig, cell: Cell) -> str:
     if not bounds:
         return "-"
     shown = _bits_summary(list(bounds.values()))
-    first = next(other for other in cells(config) if other.folder == cell.folder)
-    others = {} if first == cell else video_bounds(config, first)
+    other = reference(cells(config), cell)
+    others = {} if other == cell else video_bounds(config, other)
     shared = bounds.keys() & others.keys()
     if shared:
         shown += f" ({_bits_summary([bounds[v] - others[v] for v in shared], sign='+')})"

@@ -1,5 +1,6 @@
 """The study: its commands, what is run again, the classes of frames, the report."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -162,6 +163,24 @@ def test_a_step_without_its_result_runs_again_and_another_checkpoint_is_refused(
         study.run(config, only)
 
 
+def test_more_videos_add_to_the_time_of_those_that_are_there(config, ran):
+    only, name = ["sample.dpmpp2m_2.autoreg"], "sample.dpmpp2m_2.autoreg"
+    study.run(dataclasses.replace(config, num_videos=1), only)
+    path = Path(config.out, "steps", f"{name}.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": [1000.0]}))
+    study.run(config, only)
+    assert len(ran) == 2
+    assert 500 < float(study.step_time(config, name, per=2)) < 560
+
+
+def test_ddpm_is_compared_with_the_same_strategy_and_the_solver_with_its_first(config):
+    cells = study.cells(dataclasses.replace(config, ddpm_strategies="autoreg,hierarchy-2"))
+    auto, hierarchy, *ddpm = cells
+    found = [study_report.reference(cells, cell) for cell in cells]
+    assert {c.sampler for c in ddpm} == {"ddpm"} and found == [auto, auto, auto, hierarchy]
+    assert study_report.reference(ddpm, ddpm[1]) == ddpm[0]
+
+
 def test_samples_of_more_videos_are_refused(config, ran):
     eval_dir = EvalDir(study.eval_dir(config, study.cells(config)[0]))
     for video in range(config.num_videos + 1):
@@ -264,5 +283,5 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
     values = [line.split(" | ") for line in lines[2:]]
     assert values[0][3] == "7" and values[1][3] == "-"
     assert values[1][2].endswith(" (+2.0 ± 1.0)")
-    assert "(" not in values[2][2]  # the first of its sampler
+    assert values[2][2] == values[1][2]  # DDPM beside the same strategy, with the same scores here
     assert values[3][:4] == ["| true videos", "floor", "-", "5 (n = 2)"]
