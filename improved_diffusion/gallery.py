@@ -37,27 +37,24 @@ def enlarge(video: np.ndarray, width: int) -> np.ndarray:
 def make_gallery(config: GifConfig) -> list[Path]:
     """Write `videos/<name>.<format>` for each sample, or one grid; returns the files.
 
-    Raises ValueError for a user's mistake, before anything is written.
+    Raises ValueError or FileNotFoundError for a user's mistake.
     """
     if not config.grid and (len(config.eval_dir) > 1 or config.out):
         raise ValueError("several --eval_dir, and --out, go with --grid")
     eval_dirs = [EvalDir(path) for path in config.eval_dir]
-    if not config.grid:
-        folder = eval_dirs[0].path / "videos"
-        names = [(v, i) for v, of in _videos(config, eval_dirs).items() for i in of]
-        return [
-            _write(
-                folder / f"{paths.sample_name(video, sample)}.{config.format}",
-                [_row(config, eval_dirs, video, [sample])],
-                config.fps,
-            )
-            for video, sample in tqdm(names, unit="video")
-        ]
-    out = Path(config.out or eval_dirs[0].path / "videos" / f"grid.{config.format}")
+    truth = _truth(eval_dirs[0]) if config.add_gt else None
     videos = _videos(config, eval_dirs)
-    columns = min(len(indices) for indices in videos.values())
-    rows = [_row(config, eval_dirs, v, indices[:columns]) for v, indices in videos.items()]
-    return [_write(out, rows, config.fps)]
+    if config.grid:
+        out = Path(config.out or eval_dirs[0].path / "videos" / f"grid.{config.format}")
+        columns = min(len(indices) for indices in videos.values())
+        rows = [_row(config, eval_dirs, truth, v, i[:columns]) for v, i in videos.items()]
+        return [_write(out, rows, config.fps)]
+    files = []
+    for video, sample in tqdm([(v, i) for v, of in videos.items() for i in of], unit="video"):
+        path = eval_dirs[0].path / "videos" / f"{paths.sample_name(video, sample)}.{config.format}"
+        row = _row(config, eval_dirs, truth, video, [sample])
+        files.append(_write(path, [row], config.fps))
+    return files
 
 
 def _videos(config: GifConfig, eval_dirs: list[EvalDir]) -> dict[int, list[int]]:
@@ -74,7 +71,11 @@ def _videos(config: GifConfig, eval_dirs: list[EvalDir]) -> dict[int, list[int]]
 
 
 def _row(
-    config: GifConfig, eval_dirs: list[EvalDir], video: int, indices: list[int]
+    config: GifConfig,
+    eval_dirs: list[EvalDir],
+    truth: VideoTestSet | None,
+    video: int,
+    indices: list[int],
 ) -> list[np.ndarray]:
     """The truth, if it is asked for, and the samples of one video, as they are shown."""
 
@@ -96,9 +97,9 @@ def _row(
             f"{', '.join(map(str, sorted(shapes)))}"
         )
     row = [shown(frames, eval_dir) for frames, eval_dir in samples]
-    if config.add_gt:
+    if truth is not None:
         length = len(samples[0][0])
-        true = _truth(eval_dirs[0]).read(video)
+        true = truth.read(video)
         if len(true) < length:  # the sample goes on where the data ends: hold black
             black = np.zeros((length - len(true), *true.shape[1:]), np.uint8)
             true = np.concatenate([true, black])
