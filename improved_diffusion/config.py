@@ -16,6 +16,11 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, *
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
 
+def required_list(help: str) -> Any:
+    """A dataclass field that is also a required flag of one or more texts."""
+    return field(metadata={"help": help, "nargs": "+", "item_type": str})
+
+
 def check_choices(config: Any) -> None:
     """Raise ValueError for a field whose value is not among its choices."""
     for item in fields(config):
@@ -164,8 +169,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "batch_size", "max_frames", "log_interval", "save_interval")
-        check_positive(self, "sample_steps", "valid_videos")
+        positive = ("batch_size", "max_frames", "log_interval", "save_interval")
+        check_positive(self, *positive, "sample_steps", "valid_videos")
         not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
@@ -317,13 +322,9 @@ class NllConfig(SampleConfig):
 class EvalConfig:
     """One evaluation (evaluation.py)."""
 
-    eval_dir: tuple[str, ...] = field(
-        metadata={
-            "help": "evaluation directory: the folder that holds samples/ (required); several are "
-            "compared in one table",
-            "nargs": "+",
-            "item_type": str,
-        }
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directory: the folder that holds samples/ (required); several are "
+        "compared in one table"
     )
     num_samples: int | None = option(
         None, "samples per video (default: as many as every video has)"
@@ -367,10 +368,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.dataset_partition not in (None, "test", "train"):
-            raise ValueError(
-                f"--dataset_partition {self.dataset_partition!r} is unknown: choose from test, train"
-            )
+        if self.dataset_partition is not None:
+            check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
         check_positive(self, "num_samples", "T", "batch_size")
         if self.ssim_data_range <= 0:
             raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
@@ -392,12 +391,8 @@ class FvdConfig(EvalConfig):
 class PlotConfig:
     """Pictures of metrics (plots.py)."""
 
-    eval_dir: tuple[str, ...] = field(
-        metadata={
-            "help": "evaluation directories with metrics or elbos/ in them, a curve each (required)",
-            "nargs": "+",
-            "item_type": str,
-        }
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directories with metrics or elbos/ in them, a curve each (required)"
     )
     out: str | None = option(None, "PNG file to write (default: metrics.png in the first of them)")
     allow_differences: bool = option(
@@ -409,13 +404,9 @@ class PlotConfig:
 class GifConfig:
     """Videos to look at (gallery.py)."""
 
-    eval_dir: tuple[str, ...] = field(
-        metadata={
-            "help": "evaluation directory: the folder that holds samples/; several stand side by "
-            "side in a grid (required)",
-            "nargs": "+",
-            "item_type": str,
-        }
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directory: the folder that holds samples/; several stand side by "
+        "side in a grid (required)"
     )
     format: str = option("gif", "file format", choices=("gif", "mp4"))
     add_gt: bool = option(False, "put the true video to the left of each sample", flag=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +19,14 @@ from improved_diffusion.video_io import add_border, write_video
 logger = logging.getLogger(__name__)
 
 GAP = 2  # grey pixels between the videos of a grid
+
+
+class Source(NamedTuple):
+    """An evaluation directory that is shown."""
+
+    path: Path
+    samples: dict[int, list[int]]
+    observed: list[int]  # frames
 
 
 def tile(rows: list[list[np.ndarray]]) -> np.ndarray:
@@ -42,27 +51,30 @@ def make_gallery(config: GifConfig) -> list[Path]:
     if not config.grid and (len(config.eval_dir) > 1 or config.out):
         raise ValueError("several --eval_dir, and --out, go with --grid")
     eval_dirs = [EvalDir(path) for path in config.eval_dir]
+    sources = [
+        Source(d.path, d.samples(), d.sample_config().get("observed_frames", [])) for d in eval_dirs
+    ]
     truth = _truth(eval_dirs[0]) if config.add_gt else None
-    videos = _videos(config, eval_dirs)
+    videos = _videos(config, sources)
+    folder = sources[0].path / "videos"
     if config.grid:
-        out = Path(config.out or eval_dirs[0].path / "videos" / f"grid.{config.format}")
+        out = Path(config.out or folder / f"grid.{config.format}")
         columns = min(len(indices) for indices in videos.values())
-        rows = [_row(config, eval_dirs, truth, v, i[:columns]) for v, i in videos.items()]
+        rows = [_row(config, sources, truth, v, i[:columns]) for v, i in videos.items()]
         return [_write(out, rows, config.fps)]
     files = []
     for video, sample in tqdm([(v, i) for v, of in videos.items() for i in of], unit="video"):
-        path = eval_dirs[0].path / "videos" / f"{paths.sample_name(video, sample)}.{config.format}"
-        row = _row(config, eval_dirs, truth, video, [sample])
+        path = folder / f"{paths.sample_name(video, sample)}.{config.format}"
+        row = _row(config, sources, truth, video, [sample])
         files.append(_write(path, [row], config.fps))
     return files
 
 
-def _videos(config: GifConfig, eval_dirs: list[EvalDir]) -> dict[int, list[int]]:
+def _videos(config: GifConfig, sources: list[Source]) -> dict[int, list[int]]:
     """{video: samples} that all directories have, of those that the options ask for."""
-    found = [eval_dir.samples() for eval_dir in eval_dirs]
     shared = {
-        video: [i for i in samples if all(i in other.get(video, ()) for other in found)]
-        for video, samples in found[0].items()
+        video: [i for i in samples if all(i in other.samples.get(video, ()) for other in sources)]
+        for video, samples in sources[0].samples.items()
     }
     shared = {video: samples for video, samples in shared.items() if samples}
     if not shared:
@@ -72,22 +84,21 @@ def _videos(config: GifConfig, eval_dirs: list[EvalDir]) -> dict[int, list[int]]
 
 def _row(
     config: GifConfig,
-    eval_dirs: list[EvalDir],
+    sources: list[Source],
     truth: VideoTestSet | None,
     video: int,
     indices: list[int],
 ) -> list[np.ndarray]:
     """The truth, if it is asked for, and the samples of one video, as they are shown."""
 
-    def shown(frames: np.ndarray, eval_dir: EvalDir) -> np.ndarray:
-        observed = eval_dir.sample_config().get("observed_frames", [])
+    def shown(frames: np.ndarray, source: Source) -> np.ndarray:
         chosen = np.arange(0, len(frames), config.every)
         frames = enlarge(np.asarray(frames)[chosen], config.width)
-        return add_border(frames, np.isin(chosen, observed))
+        return add_border(frames, np.isin(chosen, source.observed))
 
     samples = [
-        (load_video(paths.sample_path(eval_dir.path, video, i)), eval_dir)
-        for eval_dir in eval_dirs
+        (load_video(paths.sample_path(source.path, video, i)), source)
+        for source in sources
         for i in indices
     ]
     shapes = {frames.shape for frames, _ in samples}
@@ -96,14 +107,14 @@ def _row(
             f"{' and '.join(config.eval_dir)}: samples of video {video} differ in shape: "
             f"{', '.join(map(str, sorted(shapes)))}"
         )
-    row = [shown(frames, eval_dir) for frames, eval_dir in samples]
+    row = [shown(frames, source) for frames, source in samples]
     if truth is not None:
         length = len(samples[0][0])
         true = truth.read(video)
         if len(true) < length:  # the sample goes on where the data ends: hold black
             black = np.zeros((length - len(true), *true.shape[1:]), np.uint8)
             true = np.concatenate([true, black])
-        row.insert(0, shown(true, eval_dirs[0]))
+        row.insert(0, shown(true, sources[0]))
     return row
 
 

@@ -132,6 +132,16 @@ def cells(config: StudyConfig) -> list[Cell]:
     return found + [Cell("ddpm", config.ddpm_steps, name) for name in with_ddpm]
 
 
+def reference(of: Sequence[Cell], cell: Cell) -> Cell:
+    """The cell that differences are taken from: for DDPM the same strategy with the solver.
+
+    For the solver, and where the solver has not sampled that strategy, it is the sampler's first.
+    """
+    with_solver = (c for c in of if c.sampler == SOLVER and c.name == cell.name)
+    first = next(c for c in of if c.folder == cell.folder)
+    return first if cell.sampler == SOLVER else next(with_solver, first)
+
+
 def eval_dir(config: StudyConfig, cell: Cell) -> Path:
     """The evaluation directory of one cell."""
     name = paths.inference_mode_str(
@@ -242,8 +252,8 @@ def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for cell in chosen:
         name = f"{cell.folder}.optimal" if cell.optimal else cell.folder
-        first = next(other for other in cells(config) if other.folder == cell.folder)
-        dirs = found.setdefault(name, [eval_dir(config, first)] if cell.optimal else [])
+        first = [eval_dir(config, reference(cells(config), cell))] if cell.optimal else []
+        dirs = found.setdefault(name, first)
         dirs.append(eval_dir(config, cell))
     return found
 

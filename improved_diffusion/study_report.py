@@ -18,7 +18,7 @@ from improved_diffusion.config import StudyConfig
 from improved_diffusion.evaluation import DISTANCES
 from improved_diffusion.results import EvalDir
 from improved_diffusion.script_util import stored_dataset
-from improved_diffusion.study import SOLVER, Cell, cells, commands, eval_dir, step_time
+from improved_diffusion.study import Cell, cells, commands, eval_dir, reference, step_time
 from improved_diffusion.video_datasets import get_test_dataset
 
 logger = logging.getLogger(__name__)
@@ -162,16 +162,6 @@ def coherence_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
     heads = ["true pose", "sampler", "strategy", "frames", "videos", *_heads(modes)]
     # Rows of one class stand together.
     return _markdown(heads, sorted(rows, key=lambda row: row[0])) if rows else ""
-
-
-def reference(of: Sequence[Cell], cell: Cell) -> Cell:
-    """The cell that differences are taken from: for DDPM the same strategy with the solver.
-
-    For the solver, and where the solver has not sampled that strategy, it is the sampler's first.
-    """
-    with_solver = (c for c in of if c.sampler == SOLVER and c.name == cell.name)
-    first = next(c for c in of if c.folder == cell.folder)
-    return first if cell.sampler == SOLVER else next(with_solver, first)
 
 
 def _heads(modes: Sequence[str]) -> list[str]:

@@ -176,9 +176,9 @@ def test_more_videos_add_to_the_time_of_those_that_are_there(config, ran):
 def test_ddpm_is_compared_with_the_same_strategy_and_the_solver_with_its_first(config):
     cells = study.cells(dataclasses.replace(config, ddpm_strategies="autoreg,hierarchy-2"))
     auto, hierarchy, *ddpm = cells
-    found = [study_report.reference(cells, cell) for cell in cells]
+    found = [study.reference(cells, cell) for cell in cells]
     assert {c.sampler for c in ddpm} == {"ddpm"} and found == [auto, auto, auto, hierarchy]
-    assert study_report.reference(ddpm, ddpm[1]) == ddpm[0]
+    assert study.reference(ddpm, ddpm[1]) == ddpm[0]
 
 
 def test_samples_of_more_videos_are_refused(config, ran):
