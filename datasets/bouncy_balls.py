@@ -8,7 +8,7 @@ from improved_diffusion.script_util import run_main
 def main() -> None:
     """Make it where it is missing."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    from improved_diffusion.dataset_files import DATASETS, prepare_dataset
+    from improved_diffusion.data.dataset_files import DATASETS, prepare_dataset
 
     prepare_dataset("bouncy_balls")
     print(DATASETS["bouncy_balls"].root)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from improved_diffusion.paths import atomic_write
+from improved_diffusion.data.paths import atomic_write
 
 NUM_FRAMES = 100
 IMAGE_SIZE = 32

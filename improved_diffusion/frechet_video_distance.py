@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from improved_diffusion.metric_weights import MEND, find_i3d, load_tensors
+from improved_diffusion.data.metric_weights import MEND, find_i3d, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,7 +225,7 @@ def _load_torch(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tens
     if _is_torchscript(path):
         script = torch.jit.load(str(path), map_location=device).eval()
         return functools.partial(script, rescale=False, resize=False, return_features=True)
-    from improved_diffusion.i3d import I3D
+    from improved_diffusion.evaluation.i3d import I3D
 
     with torch.device("meta"):  # nothing to initialise: no random numbers are drawn
         network = I3D()

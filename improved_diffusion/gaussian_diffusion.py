@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.data.rng_util import Generators, randn
 from improved_diffusion.losses import discretized_gaussian_log_likelihood, masked_mean, normal_kl
-from improved_diffusion.rng_util import Generators, randn
 
 Model = Callable[..., Tensor]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import frame_selection as select
+from improved_diffusion.data import frame_selection as select
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from improved_diffusion import dist_util, paths
+from improved_diffusion import dist_util
+from improved_diffusion.data import paths
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from improved_diffusion.config import (
 if TYPE_CHECKING:
     import torch
 
-    from improved_diffusion.checkpoints import WeightsFile
-    from improved_diffusion.dataset_files import DatasetSpec
+    from improved_diffusion.data.checkpoints import WeightsFile
+    from improved_diffusion.data.dataset_files import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
     from improved_diffusion.train_util import TrainLoop
     from improved_diffusion.unet import UNetVideoModel
@@ -102,7 +102,7 @@ def parse_with_config(
     path = parser.parse_args(argv).config
     options = {}
     if path:
-        from improved_diffusion.runs import options_of
+        from improved_diffusion.training.runs import options_of
 
         options = options_of(path, actions)
     for name, value in options.items():
@@ -194,7 +194,7 @@ def resolve_train_options(
 
     Raises ValueError or FileNotFoundError for an unknown or missing data set.
     """
-    from improved_diffusion.dataset_files import dataset_spec
+    from improved_diffusion.data.dataset_files import dataset_spec
 
     reading = {key: value for key, value in vars(data).items() if key != "cache_dir"}
     spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
@@ -211,10 +211,10 @@ def create_train_loop(
     """
     import torch
 
-    from improved_diffusion.runs import open_run, record_run
-    from improved_diffusion.train_data import held_out_items
+    from improved_diffusion.data.video_datasets import get_train_dataset
     from improved_diffusion.train_util import TrainLoop
-    from improved_diffusion.video_datasets import get_train_dataset
+    from improved_diffusion.training.runs import open_run, record_run
+    from improved_diffusion.training.train_data import held_out_items
 
     train, model, spec = resolve_train_options(train, data, model)
     items = get_train_dataset(
@@ -259,7 +259,7 @@ def load_model(path: str, device: str = "cpu") -> tuple[torch.nn.Module, dict[st
     Half-precision weights are cast to float32. Raises FileNotFoundError or ValueError for a
     missing, truncated or foreign file.
     """
-    from improved_diffusion.checkpoints import load_weights
+    from improved_diffusion.data.checkpoints import load_weights
 
     weights = load_weights(path)
     return build_model(weights, path, device), weights.config, weights.step
@@ -301,7 +301,7 @@ def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:
 
     The training options on how to read videos hold for the data set that was trained on.
     """
-    from improved_diffusion.dataset_files import dataset_spec
+    from improved_diffusion.data.dataset_files import dataset_spec
 
     options: dict[str, Any] = {"image_size": model_config.get("image_size")}
     if name == model_config.get("dataset"):

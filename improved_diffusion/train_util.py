@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from improved_diffusion import checkpoints, dist_util, fp16_util, paths, validation, video_io
+from improved_diffusion import dist_util, fp16_util
 from improved_diffusion.config import TrainConfig
+from improved_diffusion.data import checkpoints, paths, video_io
+from improved_diffusion.data.rng_util import make_generator, randn
+from improved_diffusion.data.video_datasets import TrainDataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.nn import compile_network
 from improved_diffusion.resample import create_schedule_sampler
-from improved_diffusion.rng_util import make_generator, randn
-from improved_diffusion.runs import Run, resume_command
-from improved_diffusion.train_data import STOP_SIGNALS, train_loader
-from improved_diffusion.video_datasets import TrainDataset
+from improved_diffusion.training import validation
+from improved_diffusion.training.runs import Run, resume_command
+from improved_diffusion.training.train_data import STOP_SIGNALS, train_loader
 
 logger = logging.getLogger(__name__)
 

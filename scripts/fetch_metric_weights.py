@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from improved_diffusion import metric_weights
+from improved_diffusion.data import metric_weights
 from improved_diffusion.script_util import run_main
 
 

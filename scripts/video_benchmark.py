@@ -18,7 +18,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(BenchmarkConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.benchmark import format_report, run_benchmark
+    from improved_diffusion.study.benchmark import format_report, run_benchmark
 
     print(format_report(run_benchmark(config)))
 

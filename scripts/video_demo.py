@@ -14,7 +14,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(DemoConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.demo import run_demo
+    from improved_diffusion.study.demo import run_demo
 
     run_demo(config)
 

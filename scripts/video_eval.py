@@ -18,7 +18,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(EvalConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.evaluation import run
+    from improved_diffusion.evaluation.evaluate import run
 
     run(config)
 

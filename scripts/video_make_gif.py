@@ -15,7 +15,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(GifConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.gallery import make_gallery
+    from improved_diffusion.evaluation.gallery import make_gallery
 
     files = make_gallery(config)
     logging.getLogger(__name__).info("wrote %d files into %s", len(files), files[0].parent)

@@ -24,7 +24,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     options = config_from_args(NllConfig, create_argparser().parse_args(argv))
     from improved_diffusion import dist_util
-    from improved_diffusion.nll import bound_dataset, format_bounds
+    from improved_diffusion.evaluation.nll import bound_dataset, format_bounds
 
     dist_util.setup_dist()
     bounds = bound_dataset(options)

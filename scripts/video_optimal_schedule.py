@@ -24,7 +24,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     options, search = config_from_args(SampleConfig, args), config_from_args(ScheduleConfig, args)
-    from improved_diffusion.optimal_schedule import find_schedule
+    from improved_diffusion.sampling.optimal_schedule import find_schedule
 
     find_schedule(options, search)
 

@@ -14,7 +14,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(PlotConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.plots import draw_metrics
+    from improved_diffusion.evaluation.plots import draw_metrics
 
     print(draw_metrics(config))
 

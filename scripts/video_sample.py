@@ -15,7 +15,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     options = config_from_args(SampleConfig, create_argparser().parse_args(argv))
     from improved_diffusion import dist_util
-    from improved_diffusion.video_sampling import sample_dataset
+    from improved_diffusion.sampling.video_sampling import sample_dataset
 
     dist_util.setup_dist()
     sample_dataset(options)

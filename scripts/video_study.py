@@ -25,13 +25,13 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     options = config_from_args(StudyConfig, args)
-    from improved_diffusion import study
+    from improved_diffusion.study import study
 
     config = study.resolve(options)
     if args.list:
         print(study.listing(config, args.only))
     else:
-        from improved_diffusion.study_report import write_report
+        from improved_diffusion.study.study_report import write_report
 
         study.run(config, args.only)
         print(write_report(config))

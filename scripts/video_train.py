@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
-    from improved_diffusion.runs import describe_run
     from improved_diffusion.train_util import EXIT_INTERRUPTED
+    from improved_diffusion.training.runs import describe_run
 
     dist_util.setup_dist()
     interrupted = False

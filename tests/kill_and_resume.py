@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from improved_diffusion import checkpoints
+from improved_diffusion.data import checkpoints
 from train_runs import MPIEXEC, SCRIPT, assert_same_run, environment, flags, make_videos
 
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from improved_diffusion import checkpoints, paths
+from improved_diffusion.data import checkpoints, paths
 
 CONFIG = {"num_channels": 32, "dataset": "bouncy_balls", "image_size": 32, "use_fp16": False}
 

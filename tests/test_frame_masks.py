@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from improved_diffusion.frame_masks import draw_frames
+from improved_diffusion.data.frame_masks import draw_frames
 
 CASES = json.loads((Path(__file__).parent / "golden" / "masks.json").read_text())
 DRAWS = 20_000

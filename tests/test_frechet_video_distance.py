@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from golden_fill import array
 from improved_diffusion import frechet_video_distance as fvd
-from improved_diffusion.i3d import I3D, in_time_slices, same_padding
+from improved_diffusion.evaluation.i3d import I3D, in_time_slices, same_padding
 
 GOLDEN = Path(__file__).parent / "golden"
 FRECHET = json.loads((GOLDEN / "frechet.json").read_text())

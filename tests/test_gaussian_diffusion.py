@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.gaussian_diffusion import get_named_beta_schedule
 from improved_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
-from improved_diffusion.rng_util import make_generator, randn
 
 B, T, H = 2, 3, 4
 LATENT = torch.tensor([[0.0, 1, 0], [1, 0, 1]]).reshape(B, T, 1, 1, 1)

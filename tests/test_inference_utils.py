@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden_fill import array
-from improved_diffusion import frame_selection
+from improved_diffusion.data import frame_selection
 from improved_diffusion.inference_utils import (
     InferenceStrategyBase,
     create_strategy,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from golden_fill import array
-from improved_diffusion import metric_weights
-from improved_diffusion.metric_weights import (
+from improved_diffusion.data import metric_weights
+from improved_diffusion.data.metric_weights import (
     ALEXNET_FILE,
     I3D_FILE,
     I3D_TORCHSCRIPT_FILE,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from golden_fill import array
-from improved_diffusion import metrics
-from improved_diffusion.lpips_util import load_lpips, lpips_distance, lpips_embedding
-from improved_diffusion.metric_weights import ALEXNET_FILE, find_alexnet
+from improved_diffusion.data.metric_weights import ALEXNET_FILE, find_alexnet
+from improved_diffusion.evaluation import metrics
+from improved_diffusion.sampling.lpips_util import load_lpips, lpips_distance, lpips_embedding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
 ALEXNET_SHAPES = {
@@ -103,7 +103,7 @@ def test_frames_of_another_type_or_layout_are_refused(name, frames):
 
 def test_importing_metrics_loads_no_heavy_package():
     code = (
-        "import sys, improved_diffusion.metrics, improved_diffusion.frechet_video_distance\n"
+        "import sys, improved_diffusion.evaluation.metrics, improved_diffusion.frechet_video_distance\n"
         "print(sorted({'torch', 'skimage', 'lpips', 'tensorflow', 'scipy'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

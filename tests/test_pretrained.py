@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from improved_diffusion.sampling.video_sampling import sample_video
 from improved_diffusion.script_util import load_model
-from improved_diffusion.video_sampling import sample_video
 
 FOLDER = Path(__file__).parent.parent / "checkpoints" / "pretrained"
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from improved_diffusion import dist_util, runs
+from improved_diffusion import dist_util
+from improved_diffusion.training import runs
 from train_runs import ROOT, environment, flags, make_videos, train
 
 

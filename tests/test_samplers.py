@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.respace import SpacedDiffusion
-from improved_diffusion.rng_util import make_generator
-from improved_diffusion.samplers import SAMPLERS
+from improved_diffusion.sampling.samplers import SAMPLERS
 
 T, NUM_OBSERVED, CHANNELS = 4, 2, 3
 POSITIONS = np.arange(T)

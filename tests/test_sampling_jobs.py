@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion import optimal_schedule, paths, video_sampling
 from improved_diffusion.config import SampleConfig, ScheduleConfig
+from improved_diffusion.data import paths
+from improved_diffusion.sampling import optimal_schedule, video_sampling
 from test_video_sampling import assert_same_video, checkpoint, load, sample  # noqa: F401
 
 

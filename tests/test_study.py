@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from helpers import make_checkpoint
-from improved_diffusion import paths, study, study_report
 from improved_diffusion.config import StudyConfig
-from improved_diffusion.metric_tables import read_info, read_table
-from improved_diffusion.results import EvalDir
-from improved_diffusion.study_report import Scores
+from improved_diffusion.data import paths
+from improved_diffusion.evaluation.metric_tables import read_info, read_table
+from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.study import study, study_report
+from improved_diffusion.study.study_report import Scores
 from test_readme import load_script
 
 SIZES = {"obs_length": 4, "T": 10, "max_frames": 4, "step_size": 2, "num_videos": 2}

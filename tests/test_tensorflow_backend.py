@@ -8,8 +8,8 @@ import torch
 
 from golden_fill import array
 from improved_diffusion import frechet_video_distance as fvd
-from improved_diffusion import metric_weights
-from improved_diffusion.i3d import I3D, MIXED
+from improved_diffusion.data import metric_weights
+from improved_diffusion.evaluation.i3d import I3D, MIXED
 
 pytestmark = pytest.mark.tf
 

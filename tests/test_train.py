@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from improved_diffusion import checkpoints, dist_util, fp16_util, train_util
+from improved_diffusion import dist_util, fp16_util, train_util
 from improved_diffusion.config import TrainConfig
+from improved_diffusion.data import checkpoints
 from train_runs import (
     ROOT,
     SCRIPT,

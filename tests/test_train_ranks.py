@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from improved_diffusion import checkpoints, train_util
+from improved_diffusion import train_util
+from improved_diffusion.data import checkpoints
 from train_runs import (
     MPIEXEC,
     SCRIPT,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from improved_diffusion import validation
 from improved_diffusion.config import DiffusionConfig
-from improved_diffusion.rng_util import make_generator, randn
+from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.script_util import create_diffusion
+from improved_diffusion.training import validation
 from train_runs import assert_same_run, column, flags, make_loop, make_videos, train
 
 

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import train_runs
-from improved_diffusion import bouncy_balls, video_io
-from improved_diffusion.dataset_files import VideoFiles, sorted_files
-from improved_diffusion.video_datasets import (
+from improved_diffusion import bouncy_balls
+from improved_diffusion.data import video_io
+from improved_diffusion.data.dataset_files import VideoFiles, sorted_files
+from improved_diffusion.data.video_datasets import (
     DATASETS,
     ShardedSampler,
     dataset_spec,
@@ -265,7 +266,7 @@ def test_ranks_share_one_permutation_per_epoch():
 READ_ONE_EPOCH = """
 import itertools, sys
 from improved_diffusion import dist_util
-from improved_diffusion.video_datasets import ShardedSampler, get_train_dataset
+from improved_diffusion.data.video_datasets import ShardedSampler, get_train_dataset
 
 dist_util.setup_dist()
 rank, world_size = dist_util.rank(), dist_util.world_size()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from improved_diffusion import video_io
 from improved_diffusion.bouncy_balls import render, simulate
-from improved_diffusion.video_io import frame_count, open_video, read_video, write_video
+from improved_diffusion.data import video_io
+from improved_diffusion.data.video_io import frame_count, open_video, read_video, write_video
 
 T, SIZE = 40, 64
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from helpers import make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion import nn, paths
+from improved_diffusion import nn
 from improved_diffusion.config import SampleConfig
-from improved_diffusion.results import EvalDir, load_video
-from improved_diffusion.video_sampling import sample_dataset
+from improved_diffusion.data import paths
+from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.video_sampling import sample_dataset
 
 T = 8
 
@@ -133,9 +134,9 @@ def test_ddim_is_deterministic_given_its_first_noise(checkpoint):
     """With eta 0 only the start is random: the noise of the later steps must not matter."""
     import torch
 
-    from improved_diffusion.rng_util import make_generator
+    from improved_diffusion.data.rng_util import make_generator
+    from improved_diffusion.sampling.video_sampling import DiffusionConfig
     from improved_diffusion.script_util import create_diffusion, load_model
-    from improved_diffusion.video_sampling import DiffusionConfig
 
     model, config, _ = load_model(str(checkpoint))
     diffusion = create_diffusion(DiffusionConfig(diffusion_steps=3, noise_schedule="cosine"))

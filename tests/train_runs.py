@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from improved_diffusion import checkpoints, train_util
+from improved_diffusion import train_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
-from improved_diffusion.dataset_files import dataset_spec
-from improved_diffusion.runs import open_run
+from improved_diffusion.data import checkpoints
+from improved_diffusion.data.dataset_files import dataset_spec
+from improved_diffusion.data.video_datasets import get_train_dataset
 from improved_diffusion.script_util import create_diffusion, create_model
-from improved_diffusion.train_data import held_out_items
-from improved_diffusion.video_datasets import get_train_dataset
+from improved_diffusion.training.runs import open_run
+from improved_diffusion.training.train_data import held_out_items
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "scripts" / "video_train.py")

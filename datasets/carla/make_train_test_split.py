@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from improved_diffusion.paths import atomic_write
+from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.script_util import run_main
 
 NUM_TEST = 100
@@ -15,7 +15,7 @@ def write_split(folder: Path) -> None:
 
     Raises FileNotFoundError for a missing folder, ValueError where no training video would be left.
     """
-    from improved_diffusion.dataset_files import sorted_files
+    from improved_diffusion.data.dataset_files import sorted_files
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give that of the video_<n>.pt files")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from improved_diffusion import video_io
+from improved_diffusion.data import video_io
+from improved_diffusion.data.rng_util import randn
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from improved_diffusion.rng_util import randn
 
 Item = dict[str, Tensor]  # x0, frame_indices, obs_mask, latent_mask of one video: [1, K, ...]
 

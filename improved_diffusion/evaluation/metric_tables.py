@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion.metric_weights import NumpyUnpickler
-from improved_diffusion.paths import atomic_write
-from improved_diffusion.results import read_json, write_json
+from improved_diffusion.data.metric_weights import NumpyUnpickler
+from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.sampling.results import read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import metric_tables
 from improved_diffusion.config import PlotConfig
+from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.inference_utils import InferenceStrategyBase
-from improved_diffusion.paths import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ def lpips(
     is loaded once per process. Raises FileNotFoundError without weights, ValueError as `psnr`
     does. Source: Zhang et al. 2018 (arXiv 1801.03924), Eq. 1.
     """
-    from improved_diffusion.lpips_util import lpips_distance
+    from improved_diffusion.sampling.lpips_util import lpips_distance
 
     _check(samples, truth)
     values = [

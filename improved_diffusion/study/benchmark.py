@@ -21,18 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from improved_diffusion import fp16_util, paths, speed
+from improved_diffusion import fp16_util
 from improved_diffusion.config import BenchmarkConfig, TrainConfig, check_known
-from improved_diffusion.dataset_files import DatasetSpec
-from improved_diffusion.frame_masks import draw_frames
+from improved_diffusion.data import paths
+from improved_diffusion.data.dataset_files import DatasetSpec
+from improved_diffusion.data.frame_masks import draw_frames
+from improved_diffusion.data.rng_util import make_generator
+from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import compile_network
 from improved_diffusion.resample import create_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion
-from improved_diffusion.rng_util import make_generator
-from improved_diffusion.samplers import SAMPLERS
+from improved_diffusion.sampling.samplers import SAMPLERS
 from improved_diffusion.script_util import create_model_and_diffusion
-from improved_diffusion.video_datasets import TrainDataset, get_train_dataset
+from improved_diffusion.study import speed
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from improved_diffusion import paths
+from improved_diffusion.data import paths
 
 if TYPE_CHECKING:
     from torch import Tensor

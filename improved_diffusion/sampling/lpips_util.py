@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from improved_diffusion.metric_weights import MEND, find_alexnet, load_tensors
+from improved_diffusion.data.metric_weights import MEND, find_alexnet, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

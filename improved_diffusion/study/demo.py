@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from improved_diffusion import paths
 from improved_diffusion.config import DemoConfig
-from improved_diffusion.evaluation import format_table
-from improved_diffusion.metric_tables import read_table
-from improved_diffusion.metrics import psnr
-from improved_diffusion.results import EvalDir
-from improved_diffusion.video_datasets import get_test_dataset
+from improved_diffusion.data import paths
+from improved_diffusion.data.video_datasets import get_test_dataset
+from improved_diffusion.evaluation.evaluate import format_table
+from improved_diffusion.evaluation.metric_tables import read_table
+from improved_diffusion.evaluation.metrics import psnr
+from improved_diffusion.sampling.results import EvalDir
 
 logger = logging.getLogger(__name__)
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RUN_ID = "demo"
 STRATEGIES = ("autoreg", "hierarchy-2")
 T, OBS_LENGTH, MAX_FRAMES, STEP_SIZE = 20, 8, 16, 6

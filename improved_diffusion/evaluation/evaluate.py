@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from improved_diffusion import metric_tables, paths
 from improved_diffusion.config import EvalConfig, check_known
+from improved_diffusion.data import paths
+from improved_diffusion.data.metric_weights import find_alexnet, sha256
+from improved_diffusion.data.video_datasets import VideoTestSet
+from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.metrics import METRICS
+from improved_diffusion.evaluation.scoring import Scoring
 from improved_diffusion.frechet_video_distance import (
     frechet_distance,
     kernel_distance,
     video_features,
     weights_path,
 )
-from improved_diffusion.metric_weights import find_alexnet, sha256
-from improved_diffusion.metrics import METRICS
-from improved_diffusion.scoring import Scoring
 from improved_diffusion.script_util import array_task, default_device
-from improved_diffusion.video_datasets import VideoTestSet
 
 logger = logging.getLogger(__name__)
 

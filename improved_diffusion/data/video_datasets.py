@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from improved_diffusion.dataset_files import (
+from improved_diffusion.data.dataset_files import (
     DATASETS,
     DatasetSpec,
     VideoFiles,
@@ -21,7 +21,7 @@ from improved_diffusion.dataset_files import (
     prepare_dataset,
     require_length,
 )
-from improved_diffusion.frame_masks import draw_frames
+from improved_diffusion.data.frame_masks import draw_frames
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import paths
+from improved_diffusion.data import paths
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from improved_diffusion import dist_util, paths
-from improved_diffusion.checkpoints import load_weights
+from improved_diffusion import dist_util
 from improved_diffusion.config import DiffusionConfig, SampleConfig
+from improved_diffusion.data import paths
+from improved_diffusion.data.checkpoints import load_weights
+from improved_diffusion.data.rng_util import make_generator
+from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
+from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
-from improved_diffusion.results import EvalDir
-from improved_diffusion.rng_util import make_generator
-from improved_diffusion.samplers import SAMPLERS
+from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.sampling.samplers import SAMPLERS
 from improved_diffusion.script_util import (
     array_task,
     build_model,
@@ -35,8 +38,6 @@ from improved_diffusion.script_util import (
     stored_dataset,
     trained_image_size,
 )
-from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
-from improved_diffusion.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class SampleSettings:
         )
 
     def _embed(self, frames: np.ndarray) -> np.ndarray:
-        from improved_diffusion.lpips_util import lpips_embedding
+        from improved_diffusion.sampling.lpips_util import lpips_embedding
 
         return lpips_embedding(frames, device=default_device(self.options.device))
 
@@ -394,7 +395,7 @@ def print_status(eval_dir: EvalDir, batches: list[list[Job]]) -> None:
 
 
 def _visualise(strategy: InferenceStrategyBase, path: Path) -> None:
-    from improved_diffusion.plots import draw_schedule
+    from improved_diffusion.evaluation.plots import draw_schedule
 
     if strategy.is_adaptive:
         raise ValueError(

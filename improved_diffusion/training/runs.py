@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from improved_diffusion import checkpoints, dist_util, paths
+from improved_diffusion import dist_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.data import checkpoints, paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,7 @@ def describe_run(options: Mapping[str, Any], run_id: str | None = None) -> dict[
 def code_version() -> str:
     """The package's version, and the commit where it runs from a git checkout."""
     version = metadata.version("improved-diffusion")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         done = subprocess.run(describe, capture_output=True, text=True, timeout=10)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from improved_diffusion.data.rng_util import Generators, randn
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from improved_diffusion.rng_util import Generators, randn
 
 
 def ddpm(

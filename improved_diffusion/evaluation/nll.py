@@ -20,27 +20,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from improved_diffusion import dist_util, paths
-from improved_diffusion.checkpoints import load_weights
+from improved_diffusion import dist_util
 from improved_diffusion.config import DiffusionConfig, NllConfig
+from improved_diffusion.data import paths
+from improved_diffusion.data.checkpoints import load_weights
+from improved_diffusion.data.rng_util import make_generator, randn
+from improved_diffusion.data.video_datasets import VideoTestSet
+from improved_diffusion.evaluation.metric_tables import load_elbo, mean_and_error
 from improved_diffusion.inference_utils import InferenceStrategyBase
-from improved_diffusion.metric_tables import load_elbo, mean_and_error
 from improved_diffusion.respace import SpacedDiffusion
-from improved_diffusion.results import EvalDir, read_json, write_json
-from improved_diffusion.rng_util import make_generator, randn
+from improved_diffusion.sampling.results import EvalDir, read_json, write_json
+from improved_diffusion.sampling.video_sampling import (
+    OneClip,
+    SampleSettings,
+    SymmetricView,
+    chosen_batches,
+)
 from improved_diffusion.script_util import (
     array_task,
     build_model,
     config_from_args,
     create_diffusion,
     default_device,
-)
-from improved_diffusion.video_datasets import VideoTestSet
-from improved_diffusion.video_sampling import (
-    OneClip,
-    SampleSettings,
-    SymmetricView,
-    chosen_batches,
 )
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import paths
 from improved_diffusion.config import EvalConfig
-from improved_diffusion.results import EvalDir, load_video
+from improved_diffusion.data import paths
+from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
+from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.script_util import choose_videos, stored_dataset
-from improved_diffusion.video_datasets import VideoTestSet, get_test_dataset
 
 logger = logging.getLogger(__name__)
 

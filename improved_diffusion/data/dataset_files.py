@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import bouncy_balls, dist_util, paths, video_io
+from improved_diffusion import bouncy_balls, dist_util
+from improved_diffusion.data import paths, video_io
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from improved_diffusion.paths import atomic_write
+from improved_diffusion.data.paths import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor

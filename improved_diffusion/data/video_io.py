@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from improved_diffusion.paths import atomic_write
+from improved_diffusion.data.paths import atomic_write
 
 if TYPE_CHECKING:
     import torch

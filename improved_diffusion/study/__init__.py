@@ -1,0 +1,1 @@
+"""Chains of the project's own commands: the comparison of strategies, the demonstration, the benchmark."""
