@@ -123,17 +123,28 @@ def make_environment(random: np.random.RandomState) -> tuple[Any, Any]:
     random.shuffle(floors)
     side = INNER_CELLS + 2
     arena = maze.MazeWithTargetsArena(
-        x_cells=side, y_cells=side, xy_scale=CELL_SIZE, z_height=1.5,
-        max_rooms=4, room_min_size=3, room_max_size=3, spawns_per_room=1, targets_per_room=1,
+        x_cells=side,
+        y_cells=side,
+        xy_scale=CELL_SIZE,
+        z_height=1.5,
+        max_rooms=4,
+        room_min_size=3,
+        room_max_size=3,
+        spawns_per_room=1,
+        targets_per_room=1,
         floor_textures=maze.FixedFloorTexture(style, floors[:3]),
         wall_textures={c: labmaze_textures.WallTextures(style) for c in "*0123456789"},
         skybox_texture=labmaze_textures.SkyBox(style=f"sky_{random.randint(1, 4):02d}"),
         random_seed=random.randint(1, 2**31 - 1),
     )
     task = maze.MemoryMazeTask(
-        walker=maze.RollingBallWithFriction(camera_height=0.3), maze_arena=arena,
-        n_targets=1, target_radius=0.3, target_height_above_ground=-5.0,  # out of sight
-        enable_global_task_observables=True, control_timestep=1 / STEPS_PER_SECOND,
+        walker=maze.RollingBallWithFriction(camera_height=0.3),
+        maze_arena=arena,
+        n_targets=1,
+        target_radius=0.3,
+        target_height_above_ground=-5.0,  # out of sight
+        enable_global_task_observables=True,
+        control_timestep=1 / STEPS_PER_SECOND,
         camera_resolution=DATASETS["memory_mazes"].image_size,
     )
     environment = composer.Environment(

@@ -6,8 +6,8 @@ choose what is measured.
 
 import argparse
 
-from improved_diffusion.config import BenchmarkConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+from improved_diffusion.study.options import BenchmarkConfig
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from improved_diffusion.config import DemoConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+from improved_diffusion.study.options import DemoConfig
 
 
 def create_argparser() -> argparse.ArgumentParser:

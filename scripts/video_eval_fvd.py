@@ -6,7 +6,7 @@ i-th batch of videos, and the task that completes the table writes it.
 
 import argparse
 
-from improved_diffusion.config import FvdConfig
+from improved_diffusion.evaluation.options import FvdConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 

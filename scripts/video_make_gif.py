@@ -3,7 +3,7 @@
 import argparse
 import logging
 
-from improved_diffusion.config import GifConfig
+from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 

@@ -5,7 +5,7 @@ As a SLURM array job, task i takes the i-th batch of videos; bounds that are the
 
 import argparse
 
-from improved_diffusion.config import NllConfig
+from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 # Options of sampling that mean nothing here.

@@ -5,7 +5,7 @@ As a SLURM array job, task i searches step i; steps that are found already are k
 
 import argparse
 
-from improved_diffusion.config import SampleConfig, ScheduleConfig
+from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 # Options of sampling that mean nothing here.

@@ -2,7 +2,7 @@
 
 import argparse
 
-from improved_diffusion.config import SampleConfig
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 

@@ -6,8 +6,8 @@ Steps that are done are skipped; --only spreads them over sittings and processes
 
 import argparse
 
-from improved_diffusion.config import StudyConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
+from improved_diffusion.study.options import StudyConfig
 
 
 def create_argparser() -> argparse.ArgumentParser:

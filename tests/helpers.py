@@ -80,9 +80,7 @@ def train_one_step(dataset: str, data: DataConfig | None = None, max_frames: int
         sample_interval=0,
         resume_id="tiny",
     )
-    model = ModelConfig(
-        image_size=32, num_channels=32, num_res_blocks=1, attention_resolutions="4"
-    )
+    model = ModelConfig(image_size=32, num_channels=32, num_res_blocks=1, attention_resolutions="4")
     diffusion = DiffusionConfig(diffusion_steps=3, noise_schedule="cosine", predict_xstart=True)
     create_train_loop(train, data or DataConfig(), model, diffusion).run_loop()
     return "checkpoints/tiny/ema_0.9999_latest.pt"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from helpers import make_checkpoint, make_folder_dataset
-from improved_diffusion.config import ModelConfig, SampleConfig
+from improved_diffusion.config import ModelConfig
 from improved_diffusion.data import paths
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import load_video
 from improved_diffusion.sampling.video_sampling import sample_dataset, sample_video
 from improved_diffusion.script_util import config_from_args, create_model, load_model

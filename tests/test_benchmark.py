@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from helpers import run_script
-from improved_diffusion.config import BenchmarkConfig
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.study import benchmark, speed
 from improved_diffusion.study.benchmark import SIZES, Setting, Size, TrainStep
+from improved_diffusion.study.options import BenchmarkConfig
 from test_readme import COMMANDS, load_script
 from train_runs import equal, make_loop, make_videos, wake_up
 

@@ -12,9 +12,9 @@ import torch
 
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
-from improved_diffusion.config import EvalConfig, FvdConfig
 from improved_diffusion.evaluation import evaluate as evaluation
 from improved_diffusion.evaluation import metric_tables, metrics
+from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
 from improved_diffusion.sampling.results import EvalDir
 
 T, OBSERVED, NUM_VIDEOS = 12, 3, 3

@@ -10,11 +10,12 @@ import torch
 from golden_fill import array
 from helpers import make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion import gaussian_diffusion
-from improved_diffusion.config import DiffusionConfig, NllConfig
+from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.evaluation import nll
 from improved_diffusion.evaluation.metric_tables import load_elbo
+from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.results import read_json
 from improved_diffusion.script_util import load_model

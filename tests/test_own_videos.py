@@ -5,9 +5,10 @@ import pytest
 
 from helpers import train_one_step
 from improved_diffusion.bouncy_balls import render, simulate
-from improved_diffusion.config import DataConfig, SampleConfig
+from improved_diffusion.config import DataConfig
 from improved_diffusion.data import video_io
 from improved_diffusion.data.video_datasets import dataset_spec, get_test_dataset
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.video_sampling import sample_dataset
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from helpers import run_script
-from improved_diffusion.config import PlotConfig
 from improved_diffusion.data.paths import elbo_path, metrics_path
 from improved_diffusion.evaluation import metric_tables, plots
+from improved_diffusion.evaluation.options import PlotConfig
 
 FRAMES = [4, 5, 7]
 

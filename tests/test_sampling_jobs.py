@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion.config import SampleConfig, ScheduleConfig
 from improved_diffusion.data import paths
 from improved_diffusion.sampling import optimal_schedule, video_sampling
+from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
 from test_video_sampling import assert_same_video, checkpoint, load, sample  # noqa: F401
 
 
@@ -50,7 +50,9 @@ def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path):  # no
         "autoreg", "--step_size", "2", "--obs_length", "1", "--indices", "0", "--eval_dir", "killed",
     ]  # fmt: skip
     folder = tmp_path / "killed/autoreg_4_2_8_1"
-    job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not paths.partial_path(folder, 0, 0).exists():
         assert time.time() < deadline and job.poll() is None, "no partial result appeared"
@@ -107,7 +109,11 @@ class TestOptimalSchedule:
     @pytest.fixture
     def options(self, checkpoint) -> SampleConfig:  # noqa: F811
         return SampleConfig(
-            checkpoint_path=str(checkpoint), inference_mode="autoreg", step_size=2, obs_length=4, T=8
+            checkpoint_path=str(checkpoint),
+            inference_mode="autoreg",
+            step_size=2,
+            obs_length=4,
+            T=8,
         )
 
     search = ScheduleConfig(num_videos=2, num_timesteps=2)

@@ -10,7 +10,8 @@ import pytest
 
 from helpers import ROOT, make_checkpoint, run_script
 from improved_diffusion import config, script_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
+from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.sampling.options import SampleConfig
 
 PUBLISHED_DEFAULTS = {
     "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
@@ -52,7 +53,13 @@ def parse(group, *words):
 
 
 def test_booleans_take_words_and_digits():
-    for word, value in (("True", True), ("no", False), ("1", True), ("False", False), ("yes", True)):
+    for word, value in (
+        ("True", True),
+        ("no", False),
+        ("1", True),
+        ("False", False),
+        ("yes", True),
+    ):
         assert parse(TrainConfig, "--dataset", "x", "--ema_warmup", word).ema_warmup is value
     with pytest.raises(SystemExit):
         parse(TrainConfig, "--dataset", "x", "--ema_warmup", "maybe")
@@ -64,7 +71,9 @@ def test_every_option_has_help():
 
 
 def test_indices_and_flags_parse_as_documented():
-    options = parse(SampleConfig, "c.pt", "--inference_mode", "autoreg", "--indices", "3", "5", "--optimal")
+    options = parse(
+        SampleConfig, "c.pt", "--inference_mode", "autoreg", "--indices", "3", "5", "--optimal"
+    )
     assert options.indices == (3, 5) and options.optimal is True
     assert parse(SampleConfig, "c.pt", "--inference_mode", "autoreg").optimal is False
 
@@ -118,7 +127,9 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
-@pytest.mark.parametrize("module", ["inference_utils", "config", "script_util", "paths", "frame_masks"])
+@pytest.mark.parametrize(
+    "module", ["inference_utils", "config", "script_util", "paths", "frame_masks"]
+)
 def test_light_modules_load_nothing_heavy(module):
     loaded = modules_after(f"import improved_diffusion.{module}")
     assert not loaded & {"torch", "tensorflow", "lpips", "wandb", "skimage", "matplotlib", "mpi4py"}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from helpers import make_checkpoint
-from improved_diffusion.config import StudyConfig
 from improved_diffusion.data import paths
 from improved_diffusion.evaluation.metric_tables import read_info, read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
+from improved_diffusion.study.options import StudyConfig
 from improved_diffusion.study.study_report import Scores
 from test_readme import load_script
 
@@ -226,9 +226,7 @@ def test_the_script_lists_steps_and_runs_none(config, ran, capsys):
     arguments = ["memory_mazes", "--checkpoint", config.checkpoint, "--list", "--only", "gif.ddpm*"]
     load_script("scripts/video_study.py").main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [
-        ["gif.ddpm_100", "-", "python"]
-    ]
+    assert [line.split()[:3] for line in lines] == [["gif.ddpm_100", "-", "python"]]
     assert not ran
 
 

@@ -283,7 +283,12 @@ def test_two_mpi_ranks_read_each_video_of_an_epoch_once(in_tmp):
     make_named("mazes_cwvae", T=12, videos=7)
     command = [train_runs.MPIEXEC, "-n", "2", sys.executable, "-c", READ_ONE_EPOCH]
     done = subprocess.run(
-        command, cwd=in_tmp, env=train_runs.environment(), capture_output=True, text=True, timeout=120
+        command,
+        cwd=in_tmp,
+        env=train_runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     read = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("read")]

@@ -158,8 +158,13 @@ def test_the_frame_rate_is_known_where_the_file_says(tmp_path, video):
     paths = [save(tmp_path / f"0{suffix}", video) for suffix in SUFFIXES]
     rates = {path.suffix: video_io.open_video(path).fps for path in paths}
     assert rates == {
-        ".npy": None, ".npz": None, ".pt": None,
-        ".gif": 10.0, ".mp4": 25.0, ".avi": 25.0, ".webm": 25.0,
+        ".npy": None,
+        ".npz": None,
+        ".pt": None,
+        ".gif": 10.0,
+        ".mp4": 25.0,
+        ".avi": 25.0,
+        ".webm": 25.0,
     }
 
 

@@ -9,8 +9,8 @@ import torch
 
 from helpers import make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion import nn
-from improved_diffusion.config import SampleConfig
 from improved_diffusion.data import paths
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.sampling.video_sampling import sample_dataset
 

@@ -124,24 +124,45 @@ DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
         DatasetSpec(
-            "bouncy_balls", Path("bouncing_balls_100"), bouncy_balls.NUM_FRAMES, 32, 32,
+            "bouncy_balls",
+            Path("bouncing_balls_100"),
+            bouncy_balls.NUM_FRAMES,
+            32,
+            32,
             how_to_make="make it with `python datasets/bouncy_balls.py`",
         ),
         DatasetSpec(
-            "mazes_cwvae", Path("gqn_mazes-torch"), 300, 64, 64,
+            "mazes_cwvae",
+            Path("gqn_mazes-torch"),
+            300,
+            64,
+            64,
             how_to_make="make it with `python datasets/mazes.py`",
         ),
         DatasetSpec(
-            "minerl", Path("minerl_navigate-torch"), 500, 64, 64,
+            "minerl",
+            Path("minerl_navigate-torch"),
+            500,
+            64,
+            64,
             how_to_make="make it with `python datasets/minerl.py`",
         ),
         DatasetSpec(
-            "memory_mazes", Path("memory_mazes"), 300, 64, 64,
+            "memory_mazes",
+            Path("memory_mazes"),
+            300,
+            64,
+            64,
             how_to_make="make it with `python datasets/memory_mazes.py`",
         ),
         *(
             DatasetSpec(
-                f"carla_{name.replace('-', '_')}", Path("carla") / name, 1000, 128, 128, _list_csv,
+                f"carla_{name.replace('-', '_')}",
+                Path("carla") / name,
+                1000,
+                128,
+                128,
+                _list_csv,
                 how_to_make="download it as datasets/README.md says",
             )
             for name in ("no-traffic", "with-traffic", "town02-no-traffic")

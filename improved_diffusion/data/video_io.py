@@ -209,7 +209,12 @@ def _gif_image(path: Path) -> Iterator[Any]:
         with Image.open(path, formats=["GIF"]) as image:
             yield image
     except (
-        OSError, EOFError, ValueError, LookupError, SyntaxError, Image.DecompressionBombError
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        SyntaxError,
+        Image.DecompressionBombError,
     ) as error:
         raise _broken(path, error) from None
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from improved_diffusion.config import EvalConfig, check_known
+from improved_diffusion.config import check_known
 from improved_diffusion.data import paths
 from improved_diffusion.data.metric_weights import find_alexnet, sha256
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.metrics import METRICS
+from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scoring import Scoring
 from improved_diffusion.frechet_video_distance import (
     frechet_distance,

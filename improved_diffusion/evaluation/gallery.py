@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from improved_diffusion.config import GifConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import add_border, write_video
+from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.script_util import stored_dataset
 

@@ -61,8 +61,12 @@ def lpips(
 
     _check(samples, truth)
     values = [
-        lpips_distance(_symmetric(samples[i : i + LPIPS_CHUNK]),
-                       _symmetric(truth[i : i + LPIPS_CHUNK]), device=device, weights=weights)
+        lpips_distance(
+            _symmetric(samples[i : i + LPIPS_CHUNK]),
+            _symmetric(truth[i : i + LPIPS_CHUNK]),
+            device=device,
+            weights=weights,
+        )
         for i in range(0, len(samples), LPIPS_CHUNK)
     ]
     return np.concatenate([np.empty(0), *values])

@@ -21,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DiffusionConfig, NllConfig
+from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.evaluation.metric_tables import load_elbo, mean_and_error
+from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.results import EvalDir, read_json, write_json

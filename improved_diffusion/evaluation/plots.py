@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion.config import PlotConfig
 from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.options import PlotConfig
 from improved_diffusion.inference_utils import InferenceStrategyBase
 
 logger = logging.getLogger(__name__)

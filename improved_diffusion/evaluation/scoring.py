@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion.config import EvalConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
+from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.script_util import choose_videos, stored_dataset
 

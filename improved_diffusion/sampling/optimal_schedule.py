@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from improved_diffusion.config import DiffusionConfig, SampleConfig, ScheduleConfig
+from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import WeightsFile, load_weights
 from improved_diffusion.data.rng_util import make_generator, randn
@@ -23,6 +23,7 @@ from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.losses import masked_mean
+from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
 from improved_diffusion.sampling.results import read_json, write_json
 from improved_diffusion.sampling.video_sampling import SampleSettings
 from improved_diffusion.script_util import (

@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DiffusionConfig, SampleConfig
+from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.samplers import SAMPLERS
 from improved_diffusion.script_util import (
@@ -229,7 +230,9 @@ class VideoSampler:
                 "x0": clean * obs_mask,
                 "obs_mask": obs_mask,
                 "latent_mask": 1 - obs_mask,
-                "frame_indices": torch.from_numpy(indices[:1] if alike else indices).to(self.device),
+                "frame_indices": torch.from_numpy(indices[:1] if alike else indices).to(
+                    self.device
+                ),
             },
             generators=[make_generator(seed, job.video, job.sample, stage) for job in jobs],
         )

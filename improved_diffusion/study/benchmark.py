@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import fp16_util
-from improved_diffusion.config import BenchmarkConfig, TrainConfig, check_known
+from improved_diffusion.config import TrainConfig, check_known
 from improved_diffusion.data import paths
 from improved_diffusion.data.dataset_files import DatasetSpec
 from improved_diffusion.data.frame_masks import draw_frames
@@ -35,6 +35,7 @@ from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.samplers import SAMPLERS
 from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.study import speed
+from improved_diffusion.study.options import BenchmarkConfig
 
 logger = logging.getLogger(__name__)
 

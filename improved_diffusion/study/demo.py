@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from improved_diffusion.config import DemoConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation.evaluate import format_table
 from improved_diffusion.evaluation.metric_tables import read_table
 from improved_diffusion.evaluation.metrics import psnr
 from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.study.options import DemoConfig
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ def run_demo(config: DemoConfig) -> None:
             f"--subset_size {config.num_videos} --batch_size {config.num_videos} --device '{config.device}'",
         )
         base = paths.results_dir(checkpoint, trained_steps(), "_dpmpp2m_respace20")
-        eval_dirs.append(base / paths.inference_mode_str(strategy, MAX_FRAMES, STEP_SIZE, T, OBS_LENGTH))
+        eval_dirs.append(
+            base / paths.inference_mode_str(strategy, MAX_FRAMES, STEP_SIZE, T, OBS_LENGTH)
+        )
         quoted = shlex.quote(str(eval_dirs[-1]))
         run_script("video_eval.py", f"--eval_dir {quoted} --modes psnr ssim")
         run_script("video_make_gif.py", f"--eval_dir {quoted} --add_gt --grid")

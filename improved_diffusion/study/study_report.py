@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from improved_diffusion.config import StudyConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.evaluate import DISTANCES
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.study.options import StudyConfig
 from improved_diffusion.study.study import Cell, cells, commands, eval_dir, reference, step_time
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,132 @@
+"""The options of scores, bounds and pictures. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from improved_diffusion.config import (
+    check_choices,
+    check_known,
+    check_positive,
+    option,
+    required_list,
+)
+from improved_diffusion.sampling.options import SampleConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation (evaluation.py)."""
+
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directory: the folder that holds samples/ (required); several are "
+        "compared in one table"
+    )
+    num_samples: int | None = option(
+        None, "samples per video (default: as many as every video has)"
+    )
+    modes: tuple[str, ...] = option(
+        ("psnr", "ssim", "lpips"),
+        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        nargs="+",
+        item_type=str,
+    )
+    T: int | None = option(None, "length of the videos (default: as sampled)")
+    obs_length: int | None = option(None, "observed frames at the start (default: as sampled)")
+    dataset: str | None = option(None, "data set of the truth (default: as sampled)")
+    dataset_partition: str | None = option(
+        None, "its partition: test or train (default: as sampled)"
+    )
+    cache_dir: str | None = option(None, "copy true videos here on first use, and read them here")
+    device: str = option("", "torch device (default: cuda if there is one)")
+    batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
+    ssim_data_range: float = option(
+        1.0, "range that SSIM assumes of frames in [0, 1]; 2 reproduces numbers of old scikit-image"
+    )
+    lpips_weights: str | None = option(
+        None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
+    )
+    backend: str = option("torch", "what computes FVD and KVD", choices=("torch", "tensorflow"))
+    resize: str = option(
+        "legacy",
+        "how FVD and KVD scale frames: TF1's way, as published numbers do, or today's",
+        choices=("legacy", "half-pixel"),
+    )
+    i3d_weights: str | None = option(
+        None, "I3D file, or TF-Hub folder (default: what fetch_metric_weights.py stored)"
+    )
+    floor: bool = option(
+        False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
+    )
+    allow_differences: bool = option(
+        False, "compare tables of different n, T, frames or settings all the same", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.dataset_partition is not None:
+            check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
+        check_positive(self, "num_samples", "T", "batch_size")
+        if self.ssim_data_range <= 0:
+            raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
+
+
+@dataclass(frozen=True)
+class FvdConfig(EvalConfig):
+    """The same evaluation with the metrics of whole videos as its default."""
+
+    modes: tuple[str, ...] = option(
+        ("fvd", "kvd"),
+        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        nargs="+",
+        item_type=str,
+    )
+
+
+@dataclass(frozen=True)
+class NllConfig(SampleConfig):
+    """Bounds on the likelihood (nll.py): the options of sampling that choose steps and videos."""
+
+    batch_size: int = option(8, "timesteps in one network call, and videos per array task")
+    timestep_respacing: str = option(
+        "", "bound the chain of these timesteps only: an integer or ddim<int> (empty: as trained)"
+    )
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Pictures of metrics (plots.py)."""
+
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directories with metrics or elbos/ in them, a curve each (required)"
+    )
+    out: str | None = option(None, "PNG file to write (default: metrics.png in the first of them)")
+    allow_differences: bool = option(
+        False, "draw tables of different n, T, frames or settings all the same", flag=True
+    )
+
+
+@dataclass(frozen=True)
+class GifConfig:
+    """Videos to look at (gallery.py)."""
+
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directory: the folder that holds samples/; several stand side by "
+        "side in a grid (required)"
+    )
+    format: str = option("gif", "file format", choices=("gif", "mp4"))
+    add_gt: bool = option(False, "put the true video to the left of each sample", flag=True)
+    grid: bool = option(
+        False, "write one grid of all videos (rows) and samples (columns) instead", flag=True
+    )
+    out: str = option(
+        "", "file of the grid, .gif or .mp4 (default: in videos/ of the first eval_dir)"
+    )
+    num_videos: int | None = option(None, "test videos to show, the first ones (default: all)")
+    every: int = option(1, "show every n-th frame")
+    width: int = option(128, "enlarge smaller frames by a whole factor up to about this width")
+    fps: int = option(10, "frames per second")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "num_videos", "every", "width", "fps")

@@ -1,0 +1,92 @@
+"""The options of the demonstration, the study and the benchmark. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from improved_diffusion.config import check_positive, option
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration (demo.py)."""
+
+    minutes: float = option(5.0, "minutes of training")
+    device: str = option("", "torch device of sampling (default: cuda if there is one)")
+    num_videos: int = option(8, "test videos to sample")
+    seed: int = option(0, "seed of everything random")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The study of inference strategies (study.py); options left out are the data set's preset."""
+
+    dataset: str = field(metadata={"help": "memory_mazes or bouncy_balls", "positional": True})
+    checkpoint: str = option("", "checkpoint file (default: the preset's)")
+    out: str = option("", "folder of all results (default: results/study/<dataset>)")
+    obs_length: int = option(-1, "frames observed at the start (-1: the preset's)")
+    T: int = option(-1, "length of the videos (-1: the preset's)")
+    max_frames: int = option(-1, "frames given to the network at once (-1: the preset's)")
+    step_size: int = option(-1, "frames to sample in each inference step (-1: the preset's)")
+    num_videos: int = option(-1, "test videos to sample (-1: the preset's)")
+    strategies: str = option(
+        "autoreg,long-range,hierarchy-2,hierarchy-3,adaptive-hierarchy-2,independent",
+        "strategies to compare, comma list",
+    )
+    solver_steps: int = option(20, "steps of DPM-Solver++ 2M, which samples with all strategies")
+    ddpm_steps: int = option(100, "steps of DDPM, to compare with")
+    ddpm_strategies: str = option(
+        "autoreg,hierarchy-2", "strategies to sample with DDPM too, comma list (empty: none)"
+    )
+    elbo_videos: int = option(4, "test videos to bound the likelihood of (0: none)")
+    elbo_respacing: str = option("100", "timesteps of the chain that is bounded (empty: all)")
+    optimal: bool | None = option(
+        None, "also search an optimal schedule, and sample with it (default: the preset's)"
+    )
+    modes: tuple[str, ...] = option(
+        ("psnr", "ssim", "lpips", "fvd"),
+        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        nargs="+",
+        item_type=str,
+    )
+    device: str = option("", "torch device (default: cuda if there is one)")
+    seed: int = option(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "solver_steps", "ddpm_steps")
+        if self.elbo_videos < 0:
+            raise ValueError(f"--elbo_videos {self.elbo_videos}: must not be negative")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """One run of the benchmark (benchmark.py)."""
+
+    sizes: str = option(
+        "mazes_cwvae,minerl,carla_no_traffic",
+        "training commands whose sizes to measure, comma list; also small (32x32, 32 channels)",
+    )
+    measure: str = option(
+        "forward,train,sampling,data,masks", "what to measure, comma list of these"
+    )
+    batch_size: int | None = option(None, "videos in one call (default: 1; 8 for small)")
+    max_frames: int | None = option(None, "frames of a video in one call (default: the size's)")
+    image_size: int | None = option(None, "height and width (default: the size's)")
+    num_channels: int | None = option(None, "channels of the outermost level (default: the size's)")
+    precision: str = option("fp32", "arithmetic of the network, comma list of fp32, bf16")
+    use_checkpoint: bool = option(
+        False, "recompute activations in the backward pass to save memory", flag=True
+    )
+    compile: bool = option(False, "compile the network", flag=True)
+    repeats: int = option(3, "timed calls of each kind; the table shows their median")
+    device: str = option("", "torch device (default: cuda if there is one)")
+    threads: int = option(0, "threads of the CPU (0: as torch chooses)")
+    out: str = option("results/benchmark.json", "file for the figures")
+    profile: str | None = option(
+        None, "text file for a table of where the time of one forward call goes"
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "max_frames", "repeats")
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads}: must not be negative")
