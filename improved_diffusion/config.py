@@ -20,18 +20,19 @@ def option(
 ) -> Any:
     """A dataclass field that is also a command-line flag of the same name.
 
-    choices: names, or a registry, whose names and help are shown. Without a default the flag is
-    required.
+    Without a default the flag is required. choices: names, or a registry, whose names and help are
+    shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
+    `item_type`, or a text, which then is a comma list.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
 
 def required_list(help: str) -> Any:
-    """A dataclass field that is also a required flag of one or more texts."""
-    return field(metadata={"help": help, "nargs": "+", "item_type": str})
+    """A dataclass field that is also a required flag of one or more texts, commas and all: paths."""
+    return option(help=help, nargs="+", item_type=str, commas=False)
 
 
-def options_of(registry: Registry, chosen_by: str) -> Any:
+def owned_options(registry: Registry, chosen_by: str) -> Any:
     """A dataclass field for the `Options` of the thing in `registry` that the field `chosen_by` names.
 
     The options of all its things are flags. The dataclass calls `fill_options`, so that the field
@@ -39,7 +40,7 @@ def options_of(registry: Registry, chosen_by: str) -> Any:
     """
     text = f"options of the --{registry.flag} that is chosen"
     return field(
-        default=None, metadata={"help": text, "options_of": registry, "chosen_by": chosen_by}
+        default=None, metadata={"help": text, "owned_by": registry, "chosen_by": chosen_by}
     )
 
 
@@ -72,11 +73,11 @@ def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:
 
 
 def fill_options(config: Any) -> None:
-    """In `__post_init__`: turn each field of `options_of` into the `Options` of what is chosen."""
+    """In `__post_init__`: turn each field of `owned_options` into the `Options` of what is chosen."""
     for item in fields(config):
-        if "options_of" in item.metadata:
+        if "owned_by" in item.metadata:
             name, given = getattr(config, item.metadata["chosen_by"]), getattr(config, item.name)
-            filled = chosen_options(item.metadata["options_of"], name, given)
+            filled = chosen_options(item.metadata["owned_by"], name, given)
             object.__setattr__(config, item.name, filled)
 
 
@@ -91,8 +92,8 @@ def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
         if item.name in values:
             value = values[item.name]
             chosen[item.name] = tuple(value) if isinstance(value, list) else value
-        elif "options_of" in item.metadata:
-            known = [f.name for g in option_groups(item.metadata["options_of"]) for f in fields(g)]
+        elif "owned_by" in item.metadata:
+            known = [f.name for g in option_groups(item.metadata["owned_by"]) for f in fields(g)]
             chosen[item.name] = {name: values[name] for name in known if name in values}
     return group(**chosen)
 
@@ -137,7 +138,7 @@ class ModelConfig:
     num_res_blocks: int = option(2, "residual blocks per level")
     num_heads: int = option(4, "attention heads")
     num_heads_upsample: int = option(-1, "attention heads in the decoder (-1: num_heads)")
-    attention_resolutions: str = option("16,8", "image sizes that get attention, comma list")
+    attention_resolutions: str = option("16,8", "image sizes that get attention", nargs="+")
     dropout: float = option(0.0, "dropout rate inside residual blocks")
     learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
     use_checkpoint: bool = option(
@@ -214,7 +215,7 @@ class TrainConfig:
     schedule_sampler: str = option(
         "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
     )
-    ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma list")
+    ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
     save_interval: int = option(50000, "steps between checkpoints")
