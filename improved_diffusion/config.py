@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from improved_diffusion.registry import Registry
+from improved_diffusion.registry import DATASETS, Registry
 
 Config = TypeVar("Config")
 
@@ -22,7 +22,8 @@ def option(
 
     Without a default the flag is required. choices: names, or a registry, whose names and help are
     shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
-    `item_type`, or a text, which then is a comma list.
+    `item_type`, or a text, which then is a comma list; names_of=<registry> where other values than
+    its names are legal too.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
@@ -196,7 +197,9 @@ class DiffusionConfig:
 class TrainConfig:
     """The training run (train_util.py)."""
 
-    dataset: str = field(metadata={"help": "data set name, or a folder of videos (required)"})
+    dataset: str = option(
+        help="a folder of videos, or the name of a data set (required)", names_of=DATASETS
+    )
     T: int = option(-1, "frames of a training video, a random window of it (-1: the data set's)")
     batch_size: int = option(1, "videos per rank and step")
     microbatch: int = option(-1, "videos per forward and backward pass (-1: batch_size)")

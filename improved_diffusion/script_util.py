@@ -22,12 +22,13 @@ from improved_diffusion.config import (
     from_options,
     option_groups,
 )
+from improved_diffusion.registry import NETWORKS
 
 if TYPE_CHECKING:
     import torch
 
     from improved_diffusion.data.checkpoints import WeightsFile
-    from improved_diffusion.data.dataset_files import DatasetSpec
+    from improved_diffusion.data.dataset_specs import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
     from improved_diffusion.train_util import TrainLoop
     from improved_diffusion.unet import UNetVideoModel
@@ -90,8 +91,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     if not required and item.default not in (None, ""):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         help_text += f" [{shown}]"
-    if hasattr(choices, "help"):  # a registry: what its names are stands below
-        help_text += f"\n{choices.help()}"
+    names = meta.get("names_of", choices)
+    if hasattr(names, "help"):  # a registry: what its names are stands below
+        help_text += f"\n{names.help()}"
     options: dict[str, Any] = {"help": help_text.replace("%", "%%")}
     if meta.get("positional"):
         parser.add_argument(item.name, **options)
@@ -235,8 +237,8 @@ def resolve_train_options(
     """
     from improved_diffusion.data.dataset_files import dataset_spec
 
-    reading = {key: value for key, value in vars(data).items() if key != "cache_dir"}
-    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
+    sizes = _image_sizes(vars(model))
+    spec = dataset_spec(train.dataset, image_size=model.image_size, image_sizes=sizes, **vars(data))
     train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
     return train, dataclasses.replace(model, image_size=spec.image_size), spec
 
@@ -342,11 +344,15 @@ def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:
     """
     from improved_diffusion.data.dataset_files import dataset_spec
 
-    options: dict[str, Any] = {"image_size": model_config.get("image_size")}
-    if name == model_config.get("dataset"):
-        stored = defaults(DataConfig) | model_config
-        options |= {key: stored[key] for key in defaults(DataConfig) if key != "cache_dir"}
-    return dataset_spec(name, **options)
+    is_trained_on = name == model_config.get("dataset")
+    reading = from_options(DataConfig, model_config if is_trained_on else {})
+    size, sizes = model_config.get("image_size"), _image_sizes(model_config)
+    return dataset_spec(name, image_size=size, image_sizes=sizes, **vars(reading))
+
+
+def _image_sizes(model_options: Mapping[str, Any]) -> Collection[int] | None:
+    """The frame sizes that the network of these options can have; None: any."""
+    return getattr(NETWORKS[model_options.get("network", "unet")], "image_sizes", None)
 
 
 def choose_videos(
