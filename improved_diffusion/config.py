@@ -51,8 +51,19 @@ class NoOptions:
 
 
 def option_groups(registry: Registry) -> list[type]:
-    """The `Options` classes of the things in `registry`, each once."""
-    return list(dict.fromkeys(getattr(thing, "Options", NoOptions) for thing in registry.values()))
+    """The `Options` classes of the things in `registry`, each once.
+
+    Raises ValueError where two of them mean different things by one name: it is one flag.
+    """
+    groups = list(dict.fromkeys(getattr(x, "Options", NoOptions) for x in registry.values()))
+    declared: dict[str, Any] = {}
+    for item in (item for group in groups for item in fields(group)):
+        meaning = item.type, item.default, dict(item.metadata)
+        if declared.setdefault(item.name, meaning) != meaning:
+            raise ValueError(
+                f"two of --{registry.flag} have an option {item.name} and differ in it: rename one"
+            )
+    return groups
 
 
 def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """A strategy's own options: from its class to flags, folder, stored config and embedding."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,17 @@ def test_a_mistake_names_the_option(sparse):
     ):
         with pytest.raises(ValueError, match=words):
             SampleConfig("x.pt", **{"inference_mode": "sparse"} | options)
+
+
+@pytest.mark.parametrize(
+    "name, words", [("gap", "two of --inference_mode have an option gap"), ("seed", "--seed is an")]
+)
+def test_one_flag_has_one_meaning(sparse, name, words):
+    field = option(9, "another meaning")
+    options = make_dataclass("Options", [(name, int, field)], frozen=True)
+    inference_strategies["other"] = type("Other", (Sparse,), {"Options": options})
+    with pytest.raises(ValueError, match=words):
+        call_main("video_sample.py", "--help")
 
 
 def test_options_of_other_strategies_are_not_kept(sparse):
