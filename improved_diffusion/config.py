@@ -10,8 +10,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from improved_diffusion.registry import (
+    LOSS_WEIGHTINGS,
+    MASK_DISTRIBUTIONS,
+    NETWORKS,
+    PREDICTIONS,
+    TIMESTEP_DISTRIBUTIONS,
+)
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, **extra: Any) -> Any:
+
+def option(default: Any, help: str, *, choices: Collection[str] | None = None, **extra: Any) -> Any:
     """A dataclass field that is also a command-line flag of the same name."""
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
@@ -22,11 +30,11 @@ def required_list(help: str) -> Any:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError for a field whose value is not among its choices."""
+    """Raise ValueError for a field whose value is neither its default nor among its choices."""
     for item in fields(config):
-        choices = item.metadata.get("choices")
-        if choices:
-            check_known(item.name, [getattr(config, item.name)], choices)
+        choices, value = item.metadata.get("choices"), getattr(config, item.name)
+        if choices and value != item.default:
+            check_known(item.name, [value], choices)
 
 
 def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:
@@ -54,6 +62,7 @@ def defaults(*groups: type) -> dict[str, Any]:
 class ModelConfig:
     """The network's size and form (unet.py)."""
 
+    network: str = option("unet", "kind of network", choices=NETWORKS)
     image_size: int | None = option(
         None, "height and width of the frames (default: the data set's)"
     )
@@ -72,6 +81,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_channels < 32 or self.num_channels % 32:
             raise ValueError(
                 f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)"
@@ -99,20 +109,37 @@ class DiffusionConfig:
         "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)",
     )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE")
-    predict_xstart: bool = option(
-        False, "the network predicts the clean frames instead of the noise"
-    )
+    predict_xstart: bool = option(False, "the same as --prediction xstart")
+    prediction: str = option("", "what the network predicts (default: eps)", choices=PREDICTIONS)
     rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
+    loss_weighting: str = option(
+        "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "diffusion_steps")
+        if self.predict_xstart and self.prediction_type != "xstart":
+            raise ValueError(
+                f"--predict_xstart True and --prediction {self.prediction} contradict each other: "
+                "drop one"
+            )
+        if self.use_kl and self.loss_weighting != "none":
+            raise ValueError(
+                f"--use_kl True and --loss_weighting {self.loss_weighting} exclude each other: "
+                "choose one"
+            )
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise ValueError(
                 f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
                 "(more than 20 are needed): use --noise_schedule cosine or more steps"
             )
+
+    @property
+    def prediction_type(self) -> str:
+        """The registered name of what the network predicts."""
+        return self.prediction or ("xstart" if self.predict_xstart else "eps")
 
 
 @dataclass(frozen=True)
@@ -136,7 +163,10 @@ class TrainConfig:
         0.0, "scale the gradient down where its norm is larger than this (0: never)"
     )
     schedule_sampler: str = option(
-        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
+    )
+    mask_distribution: str = option(
+        "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
     )
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma list")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")

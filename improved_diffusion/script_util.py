@@ -106,8 +106,8 @@ def parse_with_config(
 
         options = options_of(path, actions)
     for name, value in options.items():
-        choices = actions[name].choices
-        if (choices and value not in choices) or (value is None) > (actions[name].default is None):
+        choices, default = actions[name].choices, actions[name].default
+        if (choices and value not in (default, *choices)) or (value is None) > (default is None):
             raise ValueError(f"--config {path}: {name} cannot be {value!r}")
     # As text, so that argparse checks the types.
     parser.set_defaults(**{k: v if v is None else str(v) for k, v in options.items()})
@@ -212,7 +212,7 @@ def create_train_loop(
     import torch
 
     from improved_diffusion.data.video_datasets import get_train_dataset
-    from improved_diffusion.train_util import TrainLoop
+    from improved_diffusion.train_util import Measures, TrainLoop
     from improved_diffusion.training.runs import open_run, record_run
     from improved_diffusion.training.train_data import held_out_items
 
@@ -240,9 +240,7 @@ def create_train_loop(
         items,
         train,
         run=run,
-        stored_config=stored,
-        sample_diffusion=create_diffusion(sample_process),
-        valid_data=valid_items,
+        measures=Measures(create_diffusion(sample_process), valid_items),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from improved_diffusion.config import check_choices, check_positive, option
+from improved_diffusion.registry import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class SampleConfig:
         None, "replaces results/<run>/<checkpoint> (default: from the path)"
     )
     use_ddim: bool = option(False, "sample with DDIM")
-    sampler: str = option(
-        "", "way of sampling (default: ddpm)", choices=("", "ddpm", "ddim", "dpmpp2m", "heun")
-    )
+    sampler: str = option("", "way of sampling (default: ddpm)", choices=SAMPLERS)
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
