@@ -54,8 +54,8 @@ class Registry(MutableMapping[str, Any]):
         return len(self._entries)
 
     def help(self) -> str:
-        """The names, each with its line of help, for a flag's help text."""
-        return "; ".join(
+        """The names, a line each with what they are, for a flag's help text."""
+        return "\n".join(
             f"{name}: {text}" if text else name for name, (_, text) in self._entries.items()
         )
 
@@ -107,5 +107,51 @@ SAMPLERS = Registry(
         "ddim": (f"{_HERE}.sampling.samplers:ddim", "deterministic, or with --eta"),
         "dpmpp2m": (f"{_HERE}.sampling.samplers:dpmpp2m", "DPM-Solver++ 2M, good in 20 steps"),
         "heun": (f"{_HERE}.sampling.samplers:heun", "EDM's second order, two calls a step"),
+
+_STRATEGIES = f"{_HERE}.inference_utils"
+
+STRATEGIES = Registry(
+    "inference_mode",
+    {
+        "autoreg": (f"{_STRATEGIES}:Autoregressive", "observe the most recent frames"),
+        "long-range": (
+            f"{_STRATEGIES}:LongRange",
+            "observe the most recent frames, and those observed first",
+        ),
+        "mixed-autoreg-independent": (f"{_STRATEGIES}:LongRange", "another name of long-range"),
+        "independent": (f"{_STRATEGIES}:Independent", "observe the frames observed first"),
+        "really-independent": (f"{_STRATEGIES}:ReallyIndependent", "observe nothing"),
+        "exp-past": (
+            f"{_STRATEGIES}:ExponentialPast",
+            "observe the frames 1, 2, 4, ... before the first new one",
+        ),
+        "hierarchy-2": (
+            f"{_STRATEGIES}:Hierarchy",
+            "sample frames spread over the whole video, then those in between",
+        ),
+        "hierarchy-3": (f"{_STRATEGIES}:Hierarchy3", "the same in three levels"),
+        "hierarchy-4": (f"{_STRATEGIES}:Hierarchy4", "the same in four levels"),
+        "hierarchy-5": (f"{_STRATEGIES}:Hierarchy5", "the same in five levels"),
+        "adaptive-autoreg": (
+            f"{_STRATEGIES}:AdaptiveAutoregressive",
+            "observe the most recent frame, and frames that look different",
+        ),
+        "adaptive-hierarchy-2": (
+            f"{_STRATEGIES}:AdaptiveHierarchy",
+            "hierarchy-2 that observes the nearest frames, and frames that look different",
+        ),
+        "adaptive-hierarchy-3": (
+            f"{_STRATEGIES}:AdaptiveHierarchy3",
+            "the same in three levels",
+        ),
+        "goal-directed-autoreg": (
+            f"{_STRATEGIES}:GoalDirectedAutoregressive",
+            "autoreg that observes the last five frames too",
+        ),
+        "goal-directed-hierarchy-2": (
+            f"{_STRATEGIES}:GoalDirectedHierarchy",
+            "hierarchy-2 that observes the last five frames too",
+        ),
+        "gibbs": (f"{_STRATEGIES}:Gibbs", "autoreg, then sweeps over the video again"),
     },
 )
