@@ -14,7 +14,7 @@ from improved_diffusion.data.video_datasets import VideoTestSet, get_test_datase
 from improved_diffusion.data.video_io import add_border, write_video
 from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
-from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
 

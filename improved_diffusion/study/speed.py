@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.script_util import default_device
+from improved_diffusion.dist_util import default_device
 
 CONV_IMAGES = (1, 4, 20)
 GEMM_SIZES = (256, 512, 1024, 2048)

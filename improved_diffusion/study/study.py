@@ -22,11 +22,11 @@ from improved_diffusion.config import check_known
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
+from improved_diffusion.dist_util import array_task
 from improved_diffusion.evaluation.evaluate import DISTANCES, MODES
 from improved_diffusion.inference_utils import create_strategy
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.results import read_json, write_json
-from improved_diffusion.script_util import array_task
 from improved_diffusion.study.demo import run_script
 from improved_diffusion.study.options import StudyConfig
 

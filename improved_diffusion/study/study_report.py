@@ -18,7 +18,7 @@ from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.evaluate import DISTANCES
 from improved_diffusion.sampling.results import EvalDir
-from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.sampling.trained_model import stored_dataset
 from improved_diffusion.study.options import StudyConfig
 from improved_diffusion.study.study import Cell, cells, commands, eval_dir, reference, step_time
 
