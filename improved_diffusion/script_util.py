@@ -73,9 +73,18 @@ def add_arguments(
         for item in dataclasses.fields(group):
             if "owned_by" in item.metadata:
                 owned = option_groups(item.metadata["owned_by"])
+                _check_no_clash(group, owned)
                 add_arguments(parser, *owned, leave_out=leave_out)
             elif item.name not in {*leave_out, *(action.dest for action in parser._actions)}:
                 _add_argument(parser, item, hints[item.name])
+
+
+def _check_no_clash(group: type, owned: Sequence[type]) -> None:
+    """Raise ValueError where an owned option has the name of one of `group` itself."""
+    names = {item.name for item in dataclasses.fields(group)}
+    for item in (item for owner in owned for item in dataclasses.fields(owner)):
+        if item.name in names:
+            raise ValueError(f"--{item.name} is an option of {group.__name__} already: rename it")
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
@@ -85,8 +94,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     if not required and item.default not in (None, ""):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         help_text += f" [{shown}]"
-    if hasattr(choices, "help"):  # a registry: what its names are stands below
-        help_text += f"\n{choices.help()}"
+    names = meta.get("names_of", choices)
+    if hasattr(names, "help"):  # a registry: what its names are stands below
+        help_text += f"\n{names.help()}"
     options: dict[str, Any] = {"help": help_text.replace("%", "%%")}
     if meta.get("positional"):
         parser.add_argument(item.name, **options)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.data import checkpoints, paths, video_io
-from improved_diffusion.data.dataset_files import DatasetSpec, dataset_spec
+from improved_diffusion.data.dataset_files import dataset_spec
+from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
-from improved_diffusion.sampling.trained_model import create_diffusion, create_model
+from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
 from improved_diffusion.training import validation
 from improved_diffusion.training.runs import Run, open_run, record_run, resume_command
 from improved_diffusion.training.train_data import STOP_SIGNALS, held_out_items, train_loader
@@ -364,8 +365,8 @@ def resolve_train_options(
 
     Raises ValueError or FileNotFoundError for an unknown or missing data set.
     """
-    reading = {key: value for key, value in vars(data).items() if key != "cache_dir"}
-    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
+    sizes = image_sizes(model.network)
+    spec = dataset_spec(train.dataset, image_size=model.image_size, image_sizes=sizes, **vars(data))
     train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
     return train, dataclasses.replace(model, image_size=spec.image_size), spec
 

@@ -102,7 +102,9 @@ def test_a_step_equals_the_published_loop_given_the_same_noise(frames, monkeypat
     mask[:, :NUM_OBSERVED] = 0
     indices = torch.tensor([[0, 3, 6, 7]])
     kwargs = {"x0": x0, "obs_mask": 1 - mask, "latent_mask": mask, "frame_indices": indices}
-    terms = bound.denoiser.diffusion.calc_bpd_loop(nosy_model, x0, model_kwargs=kwargs, latent_mask=mask)
+    terms = bound.denoiser.diffusion.calc_bpd_loop(
+        nosy_model, x0, model_kwargs=kwargs, latent_mask=mask
+    )
     expected = float(terms["total_bpd"]) * x0.numel()
     assert not noises
     assert of_step(bound, frames) == pytest.approx(expected, rel=1e-5)

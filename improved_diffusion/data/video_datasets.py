@@ -5,7 +5,6 @@ Frames are uint8 here; the training loop turns them into [-1, 1] on the device.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,14 +14,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from improved_diffusion.data.dataset_files import (
-    DATASETS,
-    DatasetSpec,
     VideoFiles,
     dataset_spec,
     prepare_dataset,
     require_length,
 )
-from improved_diffusion.registry import MASK_DISTRIBUTIONS
+from improved_diffusion.data.dataset_specs import DatasetSpec
+from improved_diffusion.registry import DATASETS, MASK_DISTRIBUTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +134,10 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
 def _resolve(name: str | DatasetSpec, image_size: int | None) -> DatasetSpec:
     """The spec of a data set whose files are there."""
     if isinstance(name, DatasetSpec):
-        spec = dataclasses.replace(name, image_size=image_size or name.image_size)
+        spec = name.at_size(image_size)
     else:
         spec = dataset_spec(name, image_size=image_size)
-    if not spec.folder.is_absolute():
-        prepare_dataset(spec.name)
+    prepare_dataset(spec)
     return spec
 
 

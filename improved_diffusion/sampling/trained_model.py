@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from improved_diffusion.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    defaults,
     from_options,
 )
 from improved_diffusion.data.checkpoints import WeightsFile, load_weights
-from improved_diffusion.data.dataset_files import DatasetSpec, dataset_spec
+from improved_diffusion.data.dataset_files import dataset_spec
+from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.nn import compile_network
 from improved_diffusion.registry import NETWORKS
 from improved_diffusion.respace import SpacedDiffusion
@@ -140,8 +140,11 @@ def stored_dataset(name: str, config: dict[str, Any]) -> DatasetSpec:
 
     The training options on how to read videos hold for the data set that was trained on.
     """
-    options: dict[str, Any] = {"image_size": config.get("image_size")}
-    if name == config.get("dataset"):
-        stored = defaults(DataConfig) | config
-        options |= {key: stored[key] for key in defaults(DataConfig) if key != "cache_dir"}
-    return dataset_spec(name, **options)
+    reading = from_options(DataConfig, config if name == config.get("dataset") else {})
+    size, sizes = config.get("image_size"), image_sizes(config.get("network", "unet"))
+    return dataset_spec(name, image_size=size, image_sizes=sizes, **vars(reading))
+
+
+def image_sizes(network: str) -> Collection[int] | None:
+    """The frame sizes that a kind of network can have; None: any."""
+    return getattr(NETWORKS[network], "image_sizes", None)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from improved_diffusion import fp16_util
 from improved_diffusion.config import TrainConfig, check_known
 from improved_diffusion.data import paths
-from improved_diffusion.data.dataset_files import DatasetSpec
+from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_masks import draw_frames
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset

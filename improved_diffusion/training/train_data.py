@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import TrainConfig
-from improved_diffusion.data.dataset_files import DatasetSpec, VideoFiles, require_length
+from improved_diffusion.data.dataset_files import VideoFiles, require_length
+from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import ShardedSampler, TrainDataset
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
