@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from improved_diffusion.data import paths
 from improved_diffusion.evaluation.metric_tables import read_info, read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
-from improved_diffusion.study.commands import run_script
+from improved_diffusion.study.commands import in_place_of, run_script
 from improved_diffusion.study.options import StudyConfig
 from improved_diffusion.study.study_report import CellTable
 from test_readme import load_script
@@ -241,6 +242,16 @@ def test_the_script_runs_a_command_in_a_process_of_its_own(config):
     assert done.returncode == 0, done.stderr
     assert "$ python scripts/video_sample.py checkpoints/run" in done.stderr
     assert len(list(Path("study/ddpm_2").glob("autoreg*/samples/*.npy"))) == SIZES["num_videos"]
+
+
+def test_a_block_in_place_of_a_script_shows_and_records_its_command(caplog):
+    caplog.set_level("INFO")
+    before = list(sys.argv)
+    with pytest.raises(KeyError), in_place_of("video_plot.py", ["--eval_dir", "a b"]):
+        assert sys.argv == ["scripts/video_plot.py", "--eval_dir", "a b"]
+        raise KeyError
+    assert sys.argv == before
+    assert "$ python scripts/video_plot.py --eval_dir 'a b'" in caplog.text
 
 
 def test_a_script_that_fails_is_named(config, capfd):

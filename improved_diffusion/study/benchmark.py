@@ -1,6 +1,6 @@
 """What training and sampling cost on this machine, beside what the machine could do at most.
 
-One run in one process measures the network, the training step, the samplers, the reading of training
+One run in one process measures the network, the update, the samplers, the reading of training
 items and the drawing of masks; beside the network's speed stand a 3x3 convolution's and a matrix
 product's, timed right before and after in the same arithmetic.
 """
@@ -22,7 +22,7 @@ from improved_diffusion.study.measures import DATA_MEASURES, NETWORK_MEASURES
 from improved_diffusion.study.options import BenchmarkConfig
 from improved_diffusion.study.workload import SIZES, Size, Workload
 
-# Activations (frames x pixels x channels) of one training step that 24 GiB do not hold.
+# Activations (frames x pixels x channels) of one update that 24 GiB do not hold.
 CPU_LIMIT = 20 * 128 * 128 * 128
 NOT_ON_A_CPU = {
     "train": "not run on a CPU: needs more memory",

@@ -42,8 +42,10 @@ class StudyConfig:
         "autoreg,long-range,hierarchy-2,hierarchy-3,adaptive-hierarchy-2,independent",
         "strategies to compare, comma list",
     )
-    solver_steps: int = option(20, "steps of DPM-Solver++ 2M, which samples with all strategies")
-    ddpm_steps: int = option(100, "steps of DDPM, to compare with")
+    solver_steps: int = option(
+        20, "timesteps of DPM-Solver++ 2M, which samples with all strategies"
+    )
+    ddpm_steps: int = option(100, "timesteps of DDPM, to compare with")
     ddpm_strategies: str = option(
         "autoreg,hierarchy-2", "strategies to sample with DDPM too, comma list (empty: none)"
     )
