@@ -63,7 +63,7 @@ def print_status(eval_dir: EvalDir, batches: list[list[Job]]) -> None:
 
 
 def _visualise(strategy: InferenceStrategyBase, path: Path) -> None:
-    from improved_diffusion.evaluation.plots import draw_schedule
+    from improved_diffusion.sampling.schedule_picture import draw_schedule
 
     if strategy.is_adaptive:
         raise ValueError(
