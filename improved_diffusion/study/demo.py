@@ -24,9 +24,9 @@ from improved_diffusion.evaluation.options import EvalConfig, GifConfig
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.video_sampling import sample_dataset
-from improved_diffusion.script_util import create_train_loop
 from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
+from improved_diffusion.train_util import create_train_loop
 
 logger = logging.getLogger(__name__)
 
