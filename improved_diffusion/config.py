@@ -10,7 +10,15 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from improved_diffusion.registry import DATASETS, Registry
+from improved_diffusion.registry import (
+    DATASETS,
+    LOSS_WEIGHTINGS,
+    MASK_DISTRIBUTIONS,
+    NETWORKS,
+    PREDICTIONS,
+    TIMESTEP_DISTRIBUTIONS,
+    Registry,
+)
 
 Config = TypeVar("Config")
 
@@ -143,6 +151,7 @@ def defaults(*groups: type) -> dict[str, Any]:
 class ModelConfig:
     """The network's size and form (unet.py)."""
 
+    network: str = option("unet", "kind of network", choices=NETWORKS)
     image_size: int | None = option(
         None, "height and width of the frames (default: the data set's)"
     )
@@ -161,6 +170,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_channels < 32 or self.num_channels % 32:
             raise ValueError(
                 f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)"
@@ -188,20 +198,37 @@ class DiffusionConfig:
         "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)",
     )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE")
-    predict_xstart: bool = option(
-        False, "the network predicts the clean frames instead of the noise"
-    )
+    predict_xstart: bool = option(False, "the same as --prediction xstart")
+    prediction: str = option("", "what the network predicts (default: eps)", choices=PREDICTIONS)
     rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
+    loss_weighting: str = option(
+        "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "diffusion_steps")
+        if self.predict_xstart and self.prediction_type != "xstart":
+            raise ValueError(
+                f"--predict_xstart True and --prediction {self.prediction} contradict each other: "
+                "drop one"
+            )
+        if self.use_kl and self.loss_weighting != "none":
+            raise ValueError(
+                f"--use_kl True and --loss_weighting {self.loss_weighting} exclude each other: "
+                "choose one"
+            )
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise ValueError(
                 f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
                 "(more than 20 are needed): use --noise_schedule cosine or more steps"
             )
+
+    @property
+    def prediction_type(self) -> str:
+        """The registered name of what the network predicts."""
+        return self.prediction or ("xstart" if self.predict_xstart else "eps")
 
 
 @dataclass(frozen=True)
@@ -227,7 +254,10 @@ class TrainConfig:
         0.0, "scale the gradient down where its norm is larger than this (0: never)"
     )
     schedule_sampler: str = option(
-        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
+    )
+    mask_distribution: str = option(
+        "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
     )
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")

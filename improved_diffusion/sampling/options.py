@@ -12,9 +12,7 @@ from improved_diffusion.config import (
     option,
     owned_options,
 )
-from improved_diffusion.registry import STRATEGIES
-
-SAMPLER_NAMES = ("", "ddpm", "ddim", "dpmpp2m", "heun")
+from improved_diffusion.registry import SAMPLERS, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class SampleConfig:
         None, "replaces results/<run>/<checkpoint> (default: from the path)"
     )
     use_ddim: bool = option(False, "sample with DDIM")
-    sampler: str = option("", "way of sampling (default: ddpm)", choices=SAMPLER_NAMES)
+    sampler: str = option("", "way of sampling (default: ddpm)", choices=SAMPLERS)
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
@@ -110,7 +108,7 @@ class SearchedConfig(SampleConfig):
     """The sampling run that an optimal schedule is searched for (optimal_schedule.py)."""
 
     use_ddim: bool = option(False, _NAMES_THE_FOLDER)
-    sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLER_NAMES)
+    sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLERS)
     eta: float = option(0.0, _NAMES_THE_FOLDER)
     timestep_respacing: str = option("", _NAMES_THE_FOLDER)
     cache_dir: str | None = option(

@@ -55,6 +55,7 @@ def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None
         max_frames=config.max_frames,
         seed=config.seed,
         pad_with_random_frames=config.pad_with_random_frames,
+        mask_distribution=config.mask_distribution,
     )
 
 
