@@ -65,3 +65,24 @@ _HERE = "improved_diffusion"
 NETWORKS = Registry(
     "network", {"unet": (f"{_HERE}.unet:UNetVideoModel", "the UNet of the published code")}
 )
+
+FRAME_METRICS = Registry(
+    "modes",
+    {
+        "psnr": (f"{_HERE}.evaluation.metrics:Psnr", "peak signal-to-noise ratio"),
+        "ssim": (f"{_HERE}.evaluation.metrics:Ssim", "structural similarity"),
+        "lpips": (f"{_HERE}.evaluation.metrics:Lpips", "distance of AlexNet features"),
+    },
+)
+
+VIDEO_METRICS = Registry(
+    "modes",
+    {
+        "fvd": (f"{_HERE}.evaluation.metrics:Fvd", "Fréchet distance of sets of videos"),
+        "kvd": (f"{_HERE}.evaluation.metrics:Kvd", "kernel distance of sets of videos"),
+    },
+)
+
+FEATURES = Registry(
+    "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+)

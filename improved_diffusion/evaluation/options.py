@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 from improved_diffusion.config import (
     check_choices,
@@ -11,12 +13,55 @@ from improved_diffusion.config import (
     option,
     required_list,
 )
+from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.options import SampleConfig
+
+
+class MetricNames(Collection[str]):
+    """All that --modes can ask for: metrics of frames, then those of whole videos."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield from FRAME_METRICS
+        yield from VIDEO_METRICS
+
+    def __contains__(self, name: object) -> bool:
+        return name in FRAME_METRICS or name in VIDEO_METRICS
+
+    def __len__(self) -> int:
+        return len(FRAME_METRICS) + len(VIDEO_METRICS)
+
+    def help(self) -> str:
+        """The names, each with its line of help."""
+        return f"{FRAME_METRICS.help()}; {VIDEO_METRICS.help()}"
+
+
+METRICS = MetricNames()
+
+
+def metric_options() -> list[type]:
+    """The option groups that metrics and extractors own, whichever are registered by now.
+
+    They are flags of every command that computes metrics.
+    """
+    owners = [owner for kind in (FRAME_METRICS, VIDEO_METRICS, FEATURES) for owner in kind.values()]
+    return list(dict.fromkeys(owner.Options for owner in owners))
+
+
+def as_words(groups: Iterable[Any]) -> tuple[str, ...]:
+    """Options that differ from their defaults, as a user types them."""
+    words: list[str] = []
+    for group in groups:
+        for item in fields(group):
+            value = getattr(group, item.name)
+            if value != item.default:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{item.name}", *map(str, values)]
+    return tuple(words)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation (evaluation.py)."""
+    """One evaluation (evaluate.py), beside the options that metrics own (`metric_options`)."""
 
     eval_dir: tuple[str, ...] = required_list(
         "evaluation directory: the folder that holds samples/ (required); several are "
@@ -27,7 +72,8 @@ class EvalConfig:
     )
     modes: tuple[str, ...] = option(
         ("psnr", "ssim", "lpips"),
-        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        "metrics to compute",
+        choices=METRICS,
         nargs="+",
         item_type=str,
     )
@@ -40,21 +86,7 @@ class EvalConfig:
     cache_dir: str | None = option(None, "copy true videos here on first use, and read them here")
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
-    ssim_data_range: float = option(
-        1.0, "range that SSIM assumes of frames in [0, 1]; 2 reproduces numbers of old scikit-image"
-    )
-    lpips_weights: str | None = option(
-        None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
-    )
-    backend: str = option("torch", "what computes FVD and KVD", choices=("torch", "tensorflow"))
-    resize: str = option(
-        "legacy",
-        "how FVD and KVD scale frames: TF1's way, as published numbers do, or today's",
-        choices=("legacy", "half-pixel"),
-    )
-    i3d_weights: str | None = option(
-        None, "I3D file, or TF-Hub folder (default: what fetch_metric_weights.py stored)"
-    )
+    features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
     floor: bool = option(
         False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
     )
@@ -67,8 +99,10 @@ class EvalConfig:
         if self.dataset_partition is not None:
             check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
         check_positive(self, "num_samples", "T", "batch_size")
-        if self.ssim_data_range <= 0:
-            raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
+        if self.floor and not any(mode in VIDEO_METRICS for mode in self.modes):
+            raise ValueError(
+                f"--floor goes with --modes {' or '.join(VIDEO_METRICS)}: add one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +111,8 @@ class FvdConfig(EvalConfig):
 
     modes: tuple[str, ...] = option(
         ("fvd", "kvd"),
-        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        "metrics to compute",
+        choices=METRICS,
         nargs="+",
         item_type=str,
     )
