@@ -6,13 +6,23 @@ that consumes an option reads it from the dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from improved_diffusion.registry import Registry
+
+Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, **extra: Any) -> Any:
-    """A dataclass field that is also a command-line flag of the same name."""
+def option(
+    default: Any = MISSING, help: str = "", *, choices: Collection[str] | None = None, **extra: Any
+) -> Any:
+    """A dataclass field that is also a command-line flag of the same name.
+
+    choices: names, or a registry, whose names and help are shown. Without a default the flag is
+    required.
+    """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
 
@@ -21,12 +31,107 @@ def required_list(help: str) -> Any:
     return field(metadata={"help": help, "nargs": "+", "item_type": str})
 
 
-def check_choices(config: Any) -> None:
-    """Raise ValueError for a field whose value is not among its choices."""
+def options_of(registry: Registry, chosen_by: str = "") -> Any:
+    """A dataclass field for the `Options` of the thing in `registry` that the field `chosen_by` names.
+
+    Without `chosen_by`, where several things are chosen: a tuple of the `Options` of all of them.
+    The options of all its things are flags. The dataclass calls `fill_options`, so that the field
+    may be given as an `Options`, as a mapping of some of them, or not at all.
+    """
+    text = f"options of what --{registry.flag} names"
+    return field(
+        default=None, metadata={"help": text, "options_of": registry, "chosen_by": chosen_by}
+    )
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The `Options` of a thing that has none of its own."""
+
+
+def option_groups(registry: Registry) -> list[type]:
+    """The `Options` classes of the things in `registry`, each once."""
+    return list(dict.fromkeys(getattr(thing, "Options", NoOptions) for thing in registry.values()))
+
+
+def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:
+    """The `Options` of the thing `name`, with those of `values` that it has and its own defaults.
+
+    values: None, an `Options`, or a mapping. Raises ValueError for an unknown name, for a key of a
+    mapping that is an option of no thing in the registry, and what the class raises.
+    """
+    group = getattr(registry[name], "Options", NoOptions)
+    if isinstance(values, group):
+        return values
+    if is_dataclass(values):
+        values = vars(values)
+    _check_owned(registry, values or {})
+    return group(**{f.name: values[f.name] for f in fields(group) if f.name in (values or {})})
+
+
+def _check_owned(registry: Registry, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of `values` that is an option of nothing in the registry."""
+    known = [item.name for group in option_groups(registry) for item in fields(group)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"no --{registry.flag} has an option {unknown[0]}: choose from {known}")
+
+
+def all_options(registry: Registry, values: Any = None) -> tuple[Any, ...]:
+    """The `Options` of all things in the registry, each class once, with those of `values` it has.
+
+    values: None, a mapping, or some `Options`. Raises ValueError for a key of a mapping that is an
+    option of nothing in the registry, and what the classes raise.
+    """
+    groups = option_groups(registry)
+    if values is not None and not isinstance(values, Mapping):
+        given = {type(options): options for options in values}
+        return tuple(given.get(group) or group() for group in groups)
+    values = values or {}
+    _check_owned(registry, values)
+    return tuple(
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for group in groups
+    )
+
+
+def fill_options(config: Any) -> None:
+    """In `__post_init__`: turn each field of `options_of` into the `Options` of what is chosen."""
     for item in fields(config):
-        choices = item.metadata.get("choices")
-        if choices:
-            check_known(item.name, [getattr(config, item.name)], choices)
+        if "options_of" in item.metadata:
+            registry, given = item.metadata["options_of"], getattr(config, item.name)
+            name = item.metadata["chosen_by"]
+            filled = (
+                chosen_options(registry, getattr(config, name), given)
+                if name
+                else all_options(registry, given)
+            )
+            object.__setattr__(config, item.name, filled)
+
+
+def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
+    """An option dataclass from {option: value}, as parsed or as stored.
+
+    Unknown keys are ignored and missing ones get their defaults, so that old and foreign
+    checkpoints load. Raises ValueError where the values are not legal.
+    """
+    chosen: dict[str, Any] = {}
+    for item in fields(group):  # type: ignore[arg-type]
+        if item.name in values:
+            value = values[item.name]
+            chosen[item.name] = tuple(value) if isinstance(value, list) else value
+        elif "options_of" in item.metadata:
+            known = [f.name for g in option_groups(item.metadata["options_of"]) for f in fields(g)]
+            chosen[item.name] = {name: values[name] for name in known if name in values}
+    return group(**chosen)
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for a field whose value is neither its default nor among its choices."""
+    for item in fields(config):
+        choices, value = item.metadata.get("choices"), getattr(config, item.name)
+        if choices and value != item.default:
+            check_known(item.name, value if isinstance(value, tuple) else [value], choices)
 
 
 def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:

@@ -9,6 +9,7 @@ command's `main` is called. CONTRIBUTING.md shows one of each kind.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -54,16 +55,97 @@ class Registry(MutableMapping[str, Any]):
         return len(self._entries)
 
     def help(self) -> str:
-        """The names, each with its line of help, for a flag's help text."""
-        return "; ".join(
+        """The names, a line each with what they are, for a flag's help text."""
+        return "\n".join(
             f"{name}: {text}" if text else name for name, (_, text) in self._entries.items()
         )
+
+
+class JoinedRegistry(Registry):
+    """Several registries of one flag, read as one; what is added later to any of them counts."""
+
+    def __init__(self, flag: str, *parts: Registry) -> None:
+        super().__init__(flag, {})
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Any:
+        for part in self._parts:
+            if name in part:
+                return part[name]
+        return super().__getitem__(name)  # which says that it is unknown
+
+    def __setitem__(self, name: str, thing: Any) -> None:
+        raise TypeError(f"{name!r} must be added to one of the registries that are joined here")
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r} must be deleted from the registry that holds it")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(*self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def help(self) -> str:
+        """As `Registry.help`, of all parts."""
+        return "\n".join(part.help() for part in self._parts)
 
 
 _HERE = "improved_diffusion"
 
 NETWORKS = Registry(
     "network", {"unet": (f"{_HERE}.unet:UNetVideoModel", "the UNet of the published code")}
+)
+
+_STRATEGIES = f"{_HERE}.inference_utils"
+
+STRATEGIES = Registry(
+    "inference_mode",
+    {
+        "autoreg": (f"{_STRATEGIES}:Autoregressive", "observe the most recent frames"),
+        "long-range": (
+            f"{_STRATEGIES}:LongRange",
+            "observe the most recent frames, and those observed first",
+        ),
+        "mixed-autoreg-independent": (f"{_STRATEGIES}:LongRange", "another name of long-range"),
+        "independent": (f"{_STRATEGIES}:Independent", "observe the frames observed first"),
+        "really-independent": (f"{_STRATEGIES}:ReallyIndependent", "observe nothing"),
+        "exp-past": (
+            f"{_STRATEGIES}:ExponentialPast",
+            "observe the frames 1, 2, 4, ... before the first new one",
+        ),
+        "hierarchy-2": (
+            f"{_STRATEGIES}:Hierarchy",
+            "sample frames spread over the whole video, then those in between",
+        ),
+        "hierarchy-3": (f"{_STRATEGIES}:Hierarchy3", "the same in three levels"),
+        "hierarchy-4": (f"{_STRATEGIES}:Hierarchy4", "the same in four levels"),
+        "hierarchy-5": (f"{_STRATEGIES}:Hierarchy5", "the same in five levels"),
+        "adaptive-autoreg": (
+            f"{_STRATEGIES}:AdaptiveAutoregressive",
+            "observe the most recent frame, and frames that look different",
+        ),
+        "adaptive-hierarchy-2": (
+            f"{_STRATEGIES}:AdaptiveHierarchy",
+            "hierarchy-2 that observes the nearest frames, and frames that look different",
+        ),
+        "adaptive-hierarchy-3": (
+            f"{_STRATEGIES}:AdaptiveHierarchy3",
+            "the same in three levels",
+        ),
+        "goal-directed-autoreg": (
+            f"{_STRATEGIES}:GoalDirectedAutoregressive",
+            "autoreg that observes the last five frames too",
+        ),
+        "goal-directed-hierarchy-2": (
+            f"{_STRATEGIES}:GoalDirectedHierarchy",
+            "hierarchy-2 that observes the last five frames too",
+        ),
+        "gibbs": (f"{_STRATEGIES}:Gibbs", "autoreg, then sweeps over the video again"),
+    },
 )
 
 FRAME_METRICS = Registry(
@@ -82,6 +164,8 @@ VIDEO_METRICS = Registry(
         "kvd": (f"{_HERE}.evaluation.metrics:Kvd", "kernel distance of sets of videos"),
     },
 )
+
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 FEATURES = Registry(
     "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +19,10 @@ from improved_diffusion.config import (
     ModelConfig,
     TrainConfig,
     defaults,
+    from_options,
+    option_groups,
 )
+from improved_diffusion.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -51,17 +55,33 @@ def _value_type(hint: Any) -> Callable[[str], Any]:
     return str2bool if hint is bool else hint
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows descriptions as they are; the lines after an option's first help line are a list."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        first, *items = text.splitlines()
+        lines = textwrap.wrap(" ".join(first.split()), width)
+        for item in items:
+            lines += textwrap.wrap(item, width, initial_indent="  ", subsequent_indent="      ")
+        return lines
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, *groups: type, leave_out: Collection[str] = ()
 ) -> None:
-    """Add one flag per field of the option groups; a name that two groups share is added once."""
-    known = {action.dest for action in parser._actions} | set(leave_out)
+    """Add one flag per field of the option groups; a name that two groups share is added once.
+
+    A field of `config.options_of` adds the flags of all things in its registry.
+    """
+    parser.formatter_class = HelpFormatter
     for group in groups:
         hints = typing.get_type_hints(group)
         for item in dataclasses.fields(group):
-            if item.name not in known:
+            if "options_of" in item.metadata:
+                owned = option_groups(item.metadata["options_of"])
+                add_arguments(parser, *owned, leave_out=leave_out)
+            elif item.name not in {*leave_out, *(action.dest for action in parser._actions)}:
                 _add_argument(parser, item, hints[item.name])
-                known.add(item.name)
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
@@ -79,7 +99,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
         "type": meta.get("item_type") or _value_type(hint),
     }
     options |= {"required": True} if required else {"default": item.default}
-    if meta.get("choices"):
+    if isinstance(meta.get("choices"), Registry):  # the dataclass checks the name, in one line
+        options["help"] += "\n" + meta["choices"].help().replace("%", "%%")
+    elif meta.get("choices"):
         options["choices"] = meta["choices"]
     if meta.get("nargs"):
         options["nargs"] = meta["nargs"]
@@ -117,14 +139,8 @@ def parse_with_config(
 
 
 def config_from_args(group: type[Config], args: argparse.Namespace | dict[str, Any]) -> Config:
-    """An option dataclass from parsed flags or a stored flat dict.
-
-    Unknown keys are ignored and missing ones get their defaults, so that old and foreign
-    checkpoints load. Raises ValueError where the values are not legal.
-    """
-    values = args if isinstance(args, dict) else vars(args)
-    chosen = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}  # type: ignore[arg-type]
-    return group(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
+    """An option dataclass from parsed flags or a stored flat dict; see `config.from_options`."""
+    return from_options(group, args if isinstance(args, dict) else vars(args))
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:

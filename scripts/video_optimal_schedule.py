@@ -11,7 +11,7 @@ from improved_diffusion.script_util import add_arguments, config_from_args, run_
 # Options of sampling that mean nothing here.
 NOT_FOR_SEARCH = (
     "num_samples subset_size indices sample_idx optimal clip_denoised precision obs_video "
-    "gibbs_sweeps distance status just_visualise dataset_partition"
+    "status just_visualise dataset_partition"
 ).split()
 
 

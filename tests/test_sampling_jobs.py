@@ -90,14 +90,15 @@ def test_a_clip_of_ones_own_is_observed(checkpoint, tmp_path):  # noqa: F811
 def test_gibbs_sweeps_name_the_folder_and_refine_frames(checkpoint):  # noqa: F811
     options = {"indices": (0,), "inference_mode": "gibbs"}
     one = sample(checkpoint, **options)
-    two = sample(checkpoint, gibbs_sweeps=2, **options)
+    two = sample(checkpoint, strategy_options={"gibbs_sweeps": 2}, **options)
     assert one.path.name == "gibbs_sweeps1_4_2_8_4" and two.path.name == "gibbs_sweeps2_4_2_8_4"
     plain = sample(checkpoint, indices=(0,))
     assert (load(one, 0)[4:] != load(plain, 0)[4:]).mean() > 0.1
 
 
 def test_adaptive_strategies_choose_frames_for_each_video(checkpoint):  # noqa: F811
-    options = {"inference_mode": "adaptive-autoreg", "distance": "l2", "obs_length": 5}
+    l2 = {"distance": "l2"}
+    options = {"inference_mode": "adaptive-autoreg", "strategy_options": l2, "obs_length": 5}
     together = sample(checkpoint, batch_size=2, eval_dir="a", **options)
     alone = sample(checkpoint, batch_size=1, eval_dir="b", **options)
     assert_same_video(load(together, 2), load(alone, 2))

@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT, make_checkpoint, run_script
 from improved_diffusion import config, script_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.options import SampleConfig
 
 PUBLISHED_DEFAULTS = {
@@ -66,7 +67,7 @@ def test_booleans_take_words_and_digits():
 
 
 def test_every_option_has_help():
-    for group in (ModelConfig, DiffusionConfig, TrainConfig, SampleConfig, config.EvalConfig):
+    for group in (ModelConfig, DiffusionConfig, TrainConfig, SampleConfig, EvalConfig):
         assert all(item.metadata["help"] for item in dataclasses.fields(group))
 
 
@@ -128,7 +129,8 @@ def modules_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["inference_utils", "config", "script_util", "paths", "frame_masks"]
+    "module",
+    ["inference_utils", "config", "registry", "script_util", "data.paths", "data.frame_masks"],
 )
 def test_light_modules_load_nothing_heavy(module):
     loaded = modules_after(f"import improved_diffusion.{module}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -39,12 +37,8 @@ class Outcome:
             raise ValueError(f"not computed: {said}")
 
 
-def evaluate(config: EvalConfig, own: Iterable[Any] = ()) -> Outcome:
+def evaluate(config: EvalConfig) -> Outcome:
     """Compute `config.modes` for each evaluation directory and write its table.
-
-    Args:
-        config: what to score, and by which metrics.
-        own: instances of metrics' and extractors' `Options`; defaults for those left out.
 
     The pickle is {metric: float64 array}: metrics of frames [videos, samples, predicted frames],
     those of whole videos [samples]; the .json beside it tells what they are of. A metric that cannot
@@ -59,7 +53,7 @@ def evaluate(config: EvalConfig, own: Iterable[Any] = ()) -> Outcome:
         infos = [scored.info() for scored in sets]
         named = dict(zip(metric_tables.short_names(folders), infos, strict=True))
         metric_tables.check_comparable(named, allow=False)
-    metrics, failures = Workshop(config, own).metrics()
+    metrics, failures = Workshop(config).metrics()
     outcome = Outcome([], failures)
     for folder, scored in zip(folders, sets, strict=True):
         others = [other for other in folders if other != folder]
@@ -107,9 +101,9 @@ def _read_again(measured: Measurements, positions: list[int]) -> None:
             clip.frames()
 
 
-def run(config: EvalConfig, own: Iterable[Any] = ()) -> None:
+def run(config: EvalConfig) -> None:
     """`evaluate`, then print the tables; raises ValueError where a metric could not be computed."""
-    outcome = evaluate(config, own)
+    outcome = evaluate(config)
     if outcome.tables:
         names = metric_tables.short_names([path.parent for path in outcome.tables])
         infos = dict(zip(names, map(metric_tables.read_info, outcome.tables), strict=True))

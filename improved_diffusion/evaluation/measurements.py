@@ -6,7 +6,7 @@ features of each video, and each distance between sets of features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +48,12 @@ class Prepared:
 
 
 class Workshop:
-    """Makes the metrics that options ask for, and each extractor once.
+    """Makes the metrics that the options of an evaluation ask for, and each extractor once."""
 
-    Args:
-        config: names the metrics, the extractor and the device.
-        own: instances of metrics' and extractors' `Options`; defaults for those left out.
-    """
-
-    def __init__(self, config: EvalConfig, own: Iterable[Any] = ()) -> None:
+    def __init__(self, config: EvalConfig) -> None:
         self.config = config
-        self._own = {type(group): group for group in own}
+        every = (*config.metric_options, *config.feature_options)
+        self._options = {type(options): options for options in every}
         self._device = default_device(config.device)
         self._extractors: dict[str, Prepared] = {}
 
@@ -74,7 +70,7 @@ class Workshop:
         return ready, failures
 
     def _make(self, kind: type[Measure], **more: Any) -> Measure:
-        return kind(self._own.get(kind.Options), device=self._device, **more)
+        return kind(self._options[kind.Options], device=self._device, **more)
 
     def _frame_metric(self, name: str) -> Prepared:
         metric = self._make(FRAME_METRICS[name])
@@ -173,10 +169,10 @@ class Measurements:
         file = cache_name(f"distance_{name}", sets, settings)
         ready = self.metrics.get(name)
         if ready is not None and ready.settings == settings:
-            rows = [self._features(ready, clips) for clips in (samples, truth)]
-            if rows[0] is None or rows[1] is None:
+            features, true_features = (self._features(ready, clips) for clips in (samples, truth))
+            if features is None or true_features is None:
                 return None
-            self._fill([name], file, lambda: np.array(ready.measure.compute(*rows)))
+            self._fill([name], file, ready.measure, features, true_features)
         value = self.cache.load(file)
         return None if value is None else float(value)
 
@@ -192,8 +188,7 @@ class Measurements:
     def _keep_features(self, clip: Clip, frames: np.ndarray) -> None:
         for features in self._extractors():
             names = [name for name, ready in self.metrics.items() if ready.features is features]
-            compute = features.measure.compute
-            self._fill(names, self._features_name(features, clip), lambda: compute(frames))
+            self._fill(names, self._features_name(features, clip), features.measure, frames)
 
     def _keep_frame_values(
         self, clip: Clip, frames: np.ndarray, truth: Clip, true_frames: np.ndarray
@@ -201,19 +196,19 @@ class Measurements:
         pair = frames[self.scored.predicted], true_frames[self.scored.predicted]
         for ready in [ready for ready in self.metrics.values() if ready.features is None]:
             file = self._frames_name(ready.name, ready.settings, clip, truth)
-            self._fill([ready.name], file, lambda: ready.measure.compute(*pair))
+            self._fill([ready.name], file, ready.measure, *pair)
 
-    def _fill(self, names: list[str], file: str, compute: Callable[[], np.ndarray]) -> None:
+    def _fill(self, names: list[str], file: str, measure: Any, *arrays: np.ndarray) -> None:
         """Compute one result unless it is there; what prevents it is kept, the rest goes on."""
         if self.cache.load(file) is None:
             try:
-                values = compute()
+                values = measure.compute(*arrays)
             except METRIC_ERRORS as error:
                 for name in names:
                     self.metrics.pop(name, None)
                     self.failures[name] = str(error)
             else:
-                self.cache.save(file, values)
+                self.cache.save(file, np.asarray(values))
 
     def _features(self, ready: Prepared, clips: Sequence[Clip]) -> np.ndarray | None:
         """The features [n, d] that a metric is computed from; None where one is not there."""

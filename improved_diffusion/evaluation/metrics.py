@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from improved_diffusion.config import option
+from improved_diffusion.config import NoOptions, option
 from improved_diffusion.data.metric_weights import find_alexnet, sha256
 from improved_diffusion.frechet_video_distance import frechet_distance, kernel_distance
 
@@ -27,7 +27,7 @@ LPIPS_CHUNK = 64
 # ---------------------------------------------------------------- what metrics are
 
 
-class Measure(ABC):
+class Measure:
     """What is computed of videos: a metric, or the features that one needs.
 
     Args:
@@ -37,9 +37,8 @@ class Measure(ABC):
 
     unit: ClassVar[str] = ""
 
-    @dataclass(frozen=True)
-    class Options:
-        """Fields made by `config.option`, each a flag of that name; none by default."""
+    # A frozen dataclass of fields made by `config.option`, each a flag of that name.
+    Options: ClassVar[type] = NoOptions
 
     def __init__(self, options: Any = None, *, device: str = "cpu") -> None:
         self.options = self.Options() if options is None else options
@@ -54,7 +53,7 @@ class Measure(ABC):
         return dataclasses.asdict(self.options)
 
 
-class FrameMetric(Measure):
+class FrameMetric(Measure, ABC):
     """One number for each frame of a sample, beside the frame that is true."""
 
     @abstractmethod
@@ -65,18 +64,20 @@ class FrameMetric(Measure):
         """
 
 
-class FeatureExtractor(Measure):
+class FeatureExtractor(Measure, ABC):
     """Features of one video, from which metrics of whole videos are computed."""
 
-    # The library that computes; FVD is left to the same one, as published numbers are.
-    backend: str = "torch"
+    @property
+    def backend(self) -> str:
+        """The library that computes; FVD is left to the same one, as published numbers are."""
+        return "torch"
 
     @abstractmethod
     def compute(self, video: np.ndarray) -> np.ndarray:
         """Float [d] of frames uint8 [T, 3, H, W]. Raises ValueError for a video that has none."""
 
 
-class VideoMetric(Measure):
+class VideoMetric(Measure, ABC):
     """One number for a set of samples beside the set of true videos, from features of both.
 
     Args:

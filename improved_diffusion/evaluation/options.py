@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,41 +10,13 @@ from improved_diffusion.config import (
     check_choices,
     check_known,
     check_positive,
+    fill_options,
     option,
+    options_of,
     required_list,
 )
-from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
+from improved_diffusion.registry import FEATURES, METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.options import SampleConfig
-
-
-class MetricNames(Collection[str]):
-    """All that --modes can ask for: metrics of frames, then those of whole videos."""
-
-    def __iter__(self) -> Iterator[str]:
-        yield from FRAME_METRICS
-        yield from VIDEO_METRICS
-
-    def __contains__(self, name: object) -> bool:
-        return name in FRAME_METRICS or name in VIDEO_METRICS
-
-    def __len__(self) -> int:
-        return len(FRAME_METRICS) + len(VIDEO_METRICS)
-
-    def help(self) -> str:
-        """The names, each with its line of help."""
-        return f"{FRAME_METRICS.help()}; {VIDEO_METRICS.help()}"
-
-
-METRICS = MetricNames()
-
-
-def metric_options() -> list[type]:
-    """The option groups that metrics and extractors own, whichever are registered by now.
-
-    They are flags of every command that computes metrics.
-    """
-    owners = [owner for kind in (FRAME_METRICS, VIDEO_METRICS, FEATURES) for owner in kind.values()]
-    return list(dict.fromkeys(owner.Options for owner in owners))
 
 
 def as_words(groups: Iterable[Any]) -> tuple[str, ...]:
@@ -61,7 +33,7 @@ def as_words(groups: Iterable[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation (evaluate.py), beside the options that metrics own (`metric_options`)."""
+    """One evaluation (evaluate.py)."""
 
     eval_dir: tuple[str, ...] = required_list(
         "evaluation directory: the folder that holds samples/ (required); several are "
@@ -72,7 +44,7 @@ class EvalConfig:
     )
     modes: tuple[str, ...] = option(
         ("psnr", "ssim", "lpips"),
-        "metrics to compute",
+        "metrics to compute, of",
         choices=METRICS,
         nargs="+",
         item_type=str,
@@ -87,6 +59,8 @@ class EvalConfig:
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
     features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
+    metric_options: Any = options_of(METRICS)
+    feature_options: Any = options_of(FEATURES)
     floor: bool = option(
         False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
     )
@@ -96,6 +70,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         if self.dataset_partition is not None:
             check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
         check_positive(self, "num_samples", "T", "batch_size")
@@ -111,7 +86,7 @@ class FvdConfig(EvalConfig):
 
     modes: tuple[str, ...] = option(
         ("fvd", "kvd"),
-        "metrics to compute",
+        "metrics to compute, of",
         choices=METRICS,
         nargs="+",
         item_type=str,

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from improved_diffusion.config import check_known
+from improved_diffusion.config import defaults
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
-from improved_diffusion.evaluation.evaluate import DISTANCES, MODES
+from improved_diffusion.evaluation.options import EvalConfig, as_words
 from improved_diffusion.inference_utils import create_strategy
+from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
 from improved_diffusion.sampling.results import read_json, write_json
 from improved_diffusion.script_util import array_task
 from improved_diffusion.study.demo import run_script
@@ -63,7 +64,6 @@ def resolve(config: StudyConfig) -> StudyConfig:
     }
     left_open = {key: v for key, v in preset.items() if getattr(config, key) in (None, "", -1)}
     config = dataclasses.replace(config, **left_open)
-    check_known("modes", config.modes, MODES)
     for mode in dict.fromkeys(cell.strategy for cell in cells(config)):
         strategy = create_strategy(
             mode,
@@ -71,9 +71,6 @@ def resolve(config: StudyConfig) -> StudyConfig:
             num_obs=config.obs_length,
             max_frames=config.max_frames,
             step_size=config.step_size,
-            gibbs_sweeps=1,
-            distance="l2",
-            embed=None,
         )
         if strategy.is_goal_directed or strategy.samples_frame_twice:
             raise ValueError(f"--strategies {mode}: does not sample every later frame, once each")
@@ -145,6 +142,7 @@ def reference(of: Sequence[Cell], cell: Cell) -> Cell:
 
 def eval_dir(config: StudyConfig, cell: Cell) -> Path:
     """The evaluation directory of one cell."""
+    strategy = STRATEGIES[cell.strategy]
     name = paths.inference_mode_str(
         cell.strategy,
         config.max_frames,
@@ -152,6 +150,7 @@ def eval_dir(config: StudyConfig, cell: Cell) -> Path:
         config.T,
         config.obs_length,
         optimal=cell.optimal,
+        options=strategy.folder_suffix(strategy.Options()),
     )
     return Path(config.out) / cell.folder / name
 
@@ -224,16 +223,26 @@ def _bound_step(config: StudyConfig, cell: Cell) -> Step:
 
 def _score_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
     """One command per table, so that the truth's features are computed once for all strategies."""
-    frame_modes = [mode for mode in config.modes if mode not in DISTANCES]
-    video_modes = [mode for mode in config.modes if mode in DISTANCES]
+    frame_modes = [mode for mode in config.modes if mode not in VIDEO_METRICS]
+    video_modes = [mode for mode in config.modes if mode in VIDEO_METRICS]
     for name, dirs in _tables(config, chosen).items():
         result = paths.metrics_path(dirs[-1], config.num_videos, 1, config.T)
-        shared = ("--eval_dir", *map(str, dirs), *_device_options(config), "--modes")
+        shared = (
+            *("--eval_dir", *map(str, dirs), *_device_options(config), *_metric_words(config)),
+            "--modes",
+        )
         if frame_modes:
             yield Step(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
         if video_modes:
             options = (*shared, *video_modes, "--floor")
             yield Step(f"fvd.{name}", "video_eval_fvd.py", options, result)
+
+
+def _metric_words(config: StudyConfig) -> tuple[str, ...]:
+    """The options of metrics that differ from their defaults."""
+    first = defaults(EvalConfig)["features"]
+    features = () if config.features == first else ("--features", config.features)
+    return (*features, *as_words((*config.metric_options, *config.feature_options)))
 
 
 def _picture_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
