@@ -80,7 +80,10 @@ class Workshop:
         kind = VIDEO_METRICS[name]
         features = self._extractor(kind.features or self.config.features)
         metric = self._make(kind, extractor=features.measure)
-        return Prepared(name, metric, metric.settings() | features.settings, features)
+        own = metric.settings()
+        for key in own.keys() & features.settings.keys():
+            raise ValueError(f"its setting {key} is one of {features.name} too: rename one")
+        return Prepared(name, metric, own | features.settings, features)
 
     def _extractor(self, name: str) -> Prepared:
         if name not in self._extractors:
