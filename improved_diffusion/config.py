@@ -10,7 +10,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from improved_diffusion.registry import Registry
+from improved_diffusion.registry import (
+    LOSS_WEIGHTINGS,
+    MASK_DISTRIBUTIONS,
+    NETWORKS,
+    PREDICTIONS,
+    TIMESTEP_DISTRIBUTIONS,
+    Registry,
+)
 
 Config = TypeVar("Config")
 
@@ -20,18 +27,19 @@ def option(
 ) -> Any:
     """A dataclass field that is also a command-line flag of the same name.
 
-    choices: names, or a registry, whose names and help are shown. Without a default the flag is
-    required.
+    Without a default the flag is required. choices: names, or a registry, whose names and help are
+    shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
+    `item_type`, or a text, which then is a comma list.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
 
 def required_list(help: str) -> Any:
-    """A dataclass field that is also a required flag of one or more texts."""
-    return field(metadata={"help": help, "nargs": "+", "item_type": str})
+    """A dataclass field that is also a required flag of one or more texts, commas and all: paths."""
+    return option(help=help, nargs="+", item_type=str, commas=False)
 
 
-def options_of(registry: Registry, chosen_by: str = "") -> Any:
+def owned_options(registry: Registry, chosen_by: str = "") -> Any:
     """A dataclass field for the `Options` of the thing in `registry` that the field `chosen_by` names.
 
     Without `chosen_by`, where several things are chosen: a tuple of the `Options` of all of them.
@@ -40,7 +48,7 @@ def options_of(registry: Registry, chosen_by: str = "") -> Any:
     """
     text = f"options of what --{registry.flag} names"
     return field(
-        default=None, metadata={"help": text, "options_of": registry, "chosen_by": chosen_by}
+        default=None, metadata={"help": text, "owned_by": registry, "chosen_by": chosen_by}
     )
 
 
@@ -96,10 +104,10 @@ def all_options(registry: Registry, values: Any = None) -> tuple[Any, ...]:
 
 
 def fill_options(config: Any) -> None:
-    """In `__post_init__`: turn each field of `options_of` into the `Options` of what is chosen."""
+    """In `__post_init__`: turn each field of `owned_options` into the `Options` of what is chosen."""
     for item in fields(config):
-        if "options_of" in item.metadata:
-            registry, given = item.metadata["options_of"], getattr(config, item.name)
+        if "owned_by" in item.metadata:
+            registry, given = item.metadata["owned_by"], getattr(config, item.name)
             name = item.metadata["chosen_by"]
             filled = (
                 chosen_options(registry, getattr(config, name), given)
@@ -120,8 +128,8 @@ def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
         if item.name in values:
             value = values[item.name]
             chosen[item.name] = tuple(value) if isinstance(value, list) else value
-        elif "options_of" in item.metadata:
-            known = [f.name for g in option_groups(item.metadata["options_of"]) for f in fields(g)]
+        elif "owned_by" in item.metadata:
+            known = [f.name for g in option_groups(item.metadata["owned_by"]) for f in fields(g)]
             chosen[item.name] = {name: values[name] for name in known if name in values}
     return group(**chosen)
 
@@ -159,6 +167,7 @@ def defaults(*groups: type) -> dict[str, Any]:
 class ModelConfig:
     """The network's size and form (unet.py)."""
 
+    network: str = option("unet", "kind of network", choices=NETWORKS)
     image_size: int | None = option(
         None, "height and width of the frames (default: the data set's)"
     )
@@ -166,7 +175,7 @@ class ModelConfig:
     num_res_blocks: int = option(2, "residual blocks per level")
     num_heads: int = option(4, "attention heads")
     num_heads_upsample: int = option(-1, "attention heads in the decoder (-1: num_heads)")
-    attention_resolutions: str = option("16,8", "image sizes that get attention, comma list")
+    attention_resolutions: str = option("16,8", "image sizes that get attention", nargs="+")
     dropout: float = option(0.0, "dropout rate inside residual blocks")
     learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
     use_checkpoint: bool = option(
@@ -177,6 +186,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_channels < 32 or self.num_channels % 32:
             raise ValueError(
                 f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)"
@@ -204,20 +214,37 @@ class DiffusionConfig:
         "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)",
     )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE")
-    predict_xstart: bool = option(
-        False, "the network predicts the clean frames instead of the noise"
-    )
+    predict_xstart: bool = option(False, "the same as --prediction xstart")
+    prediction: str = option("", "what the network predicts (default: eps)", choices=PREDICTIONS)
     rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
+    loss_weighting: str = option(
+        "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "diffusion_steps")
+        if self.predict_xstart and self.prediction_type != "xstart":
+            raise ValueError(
+                f"--predict_xstart True and --prediction {self.prediction} contradict each other: "
+                "drop one"
+            )
+        if self.use_kl and self.loss_weighting != "none":
+            raise ValueError(
+                f"--use_kl True and --loss_weighting {self.loss_weighting} exclude each other: "
+                "choose one"
+            )
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise ValueError(
                 f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
                 "(more than 20 are needed): use --noise_schedule cosine or more steps"
             )
+
+    @property
+    def prediction_type(self) -> str:
+        """The registered name of what the network predicts."""
+        return self.prediction or ("xstart" if self.predict_xstart else "eps")
 
 
 @dataclass(frozen=True)
@@ -241,9 +268,12 @@ class TrainConfig:
         0.0, "scale the gradient down where its norm is larger than this (0: never)"
     )
     schedule_sampler: str = option(
-        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
     )
-    ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma list")
+    mask_distribution: str = option(
+        "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
+    )
+    ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
     save_interval: int = option(50000, "steps between checkpoints")

@@ -96,8 +96,52 @@ class JoinedRegistry(Registry):
 
 _HERE = "improved_diffusion"
 
+# A torch module made from ModelConfig and called as unet.UNetVideoModel is.
 NETWORKS = Registry(
     "network", {"unet": (f"{_HERE}.unet:UNetVideoModel", "the UNet of the published code")}
+)
+
+# What the network's output means: a class with `target`, `xstart` and `error_scale`.
+PREDICTIONS = Registry(
+    "prediction",
+    {
+        "eps": (f"{_HERE}.losses:PredictEps", "the noise"),
+        "xstart": (f"{_HERE}.losses:PredictXstart", "the clean frames"),
+    },
+)
+
+# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output.
+LOSS_WEIGHTINGS = Registry(
+    "loss_weighting", {"none": (f"{_HERE}.losses:unweighted", "every timestep alike")}
+)
+
+# A subclass of resample.ScheduleSampler, made from the number of timesteps.
+TIMESTEP_DISTRIBUTIONS = Registry(
+    "schedule_sampler",
+    {
+        "uniform": (f"{_HERE}.resample:ScheduleSampler", "all alike"),
+        "loss-second-moment": (
+            f"{_HERE}.resample:LossSecondMomentSampler",
+            "those with large losses more often",
+        ),
+    },
+)
+
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item.
+MASK_DISTRIBUTIONS = Registry(
+    "mask_distribution",
+    {"published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them")},
+)
+
+# (denoiser, batch, *, generator, noise, eta) -> frames, see sampling/samplers.py.
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "ddpm": (f"{_HERE}.sampling.samplers:ddpm", "ancestral, one call a timestep"),
+        "ddim": (f"{_HERE}.sampling.samplers:ddim", "deterministic, or with --eta"),
+        "dpmpp2m": (f"{_HERE}.sampling.samplers:dpmpp2m", "DPM-Solver++ 2M, good in 20 steps"),
+        "heun": (f"{_HERE}.sampling.samplers:heun", "EDM's second order, two calls a step"),
+    },
 )
 
 _STRATEGIES = f"{_HERE}.inference_utils"

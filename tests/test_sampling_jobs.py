@@ -1,5 +1,6 @@
 """Array jobs, killed jobs, one's own clips, strategies that look at frames, optimal schedules."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -134,6 +135,12 @@ class TestOptimalSchedule:
         eval_dir = sample(checkpoint, indices=(0,), optimal=True)
         assert eval_dir.path == paths_found[0].parent
         assert load(eval_dir, 0).shape[0] == 8
+
+    def test_reads_copies_of_the_training_videos_where_asked(self, options, tmp_path):
+        options = dataclasses.replace(options, cache_dir=str(tmp_path / "cache"))
+        optimal_schedule.find_schedule(options, self.search)
+        copied = sorted(path.name for path in (tmp_path / "cache").rglob("train/*.npy"))
+        assert len(copied) == self.search.num_videos
 
     def test_averages_over_the_middles_of_equal_parts_of_the_chain(self):
         error = optimal_schedule.DenoisingError(

@@ -12,7 +12,7 @@ from improved_diffusion.config import (
     check_positive,
     fill_options,
     option,
-    options_of,
+    owned_options,
     required_list,
 )
 from improved_diffusion.registry import FEATURES, METRICS, VIDEO_METRICS
@@ -59,8 +59,8 @@ class EvalConfig:
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
     features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
-    metric_options: Any = options_of(METRICS)
-    feature_options: Any = options_of(FEATURES)
+    metric_options: Any = owned_options(METRICS)
+    feature_options: Any = owned_options(FEATURES)
     floor: bool = option(
         False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
     )

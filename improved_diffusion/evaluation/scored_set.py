@@ -138,7 +138,10 @@ class ScoredSet:
 
         Raises ValueError for fewer than two.
         """
-        others = get_test_dataset(self.test_set.files.spec, T=self.T, partition=self.other)
+        files = self.test_set.files
+        others = get_test_dataset(
+            files.spec, T=self.T, partition=self.other, cache_dir=files.cache_dir
+        )
         order = choose_videos(len(others), indices=None, subset_size=len(others))
         long = (video for video in order if others.length(video) >= self.length)
         chosen = list(itertools.islice(long, len(self.videos)))

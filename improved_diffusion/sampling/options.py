@@ -10,9 +10,9 @@ from improved_diffusion.config import (
     check_positive,
     fill_options,
     option,
-    options_of,
+    owned_options,
 )
-from improved_diffusion.registry import STRATEGIES
+from improved_diffusion.registry import SAMPLERS, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class SampleConfig:
         None, "replaces results/<run>/<checkpoint> (default: from the path)"
     )
     use_ddim: bool = option(False, "sample with DDIM")
-    sampler: str = option(
-        "", "way of sampling (default: ddpm)", choices=("", "ddpm", "ddim", "dpmpp2m", "heun")
-    )
+    sampler: str = option("", "way of sampling (default: ddpm)", choices=SAMPLERS)
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
@@ -58,7 +56,7 @@ class SampleConfig:
     override_dataset: str = option("", "sample another data set than the model was trained on")
     cache_dir: str | None = option(None, "copy test videos here on first use, and read them here")
     obs_video: str = option("", "observe the start of this video file instead of a test video")
-    strategy_options: Any = options_of(STRATEGIES, chosen_by="inference_mode")
+    strategy_options: Any = owned_options(STRATEGIES, chosen_by="inference_mode")
     status: bool = option(False, "print what is missing, sample nothing", flag=True)
     just_visualise: bool = option(
         False, "draw the schedule to a PNG file, sample nothing", flag=True
@@ -97,6 +95,25 @@ class SampleConfig:
         return (
             name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
         )
+
+
+_NAMES_THE_FOLDER = (
+    "as the samples will be made that --optimal of video_sample.py makes; the search only takes from "
+    "it the name of the folder in which they will look for the schedule"
+)
+
+
+@dataclass(frozen=True)
+class SearchedConfig(SampleConfig):
+    """The sampling run that an optimal schedule is searched for (optimal_schedule.py)."""
+
+    use_ddim: bool = option(False, _NAMES_THE_FOLDER)
+    sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLERS)
+    eta: float = option(0.0, _NAMES_THE_FOLDER)
+    timestep_respacing: str = option("", _NAMES_THE_FOLDER)
+    cache_dir: str | None = option(
+        None, "copy training videos here on first use, and read them here"
+    )
 
 
 @dataclass(frozen=True)
