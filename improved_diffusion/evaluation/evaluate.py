@@ -9,13 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from improved_diffusion.data import paths
+from improved_diffusion.dist_util import array_task
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
 from improved_diffusion.evaluation.table import write_table
-from improved_diffusion.script_util import array_task
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from improved_diffusion.dist_util import default_device
 from improved_diffusion.evaluation.cache import Cache, cache_name
 from improved_diffusion.evaluation.metrics import Measure
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import Clip, ScoredSet
 from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
-from improved_diffusion.script_util import default_device
 
 # What keeps one metric from being computed, and the others not.
 METRIC_ERRORS = (ValueError, FileNotFoundError)
