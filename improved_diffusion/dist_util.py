@@ -372,7 +372,9 @@ def cleanup() -> None:
     if _world.started and _world.size > 1:
         import torch
 
-        for module in _world.wrapped:  # whoever still holds one would keep the group and its threads
+        for (
+            module
+        ) in _world.wrapped:  # whoever still holds one would keep the group and its threads
             del module.process_group, module.reducer, module.logger
         torch.distributed.destroy_process_group()
     _world.__dict__.update(_World().__dict__)
