@@ -9,7 +9,7 @@ TF = [
     "tensorflow-hub==0.15.0; python_version < '3.12'",
     "tensorflow-probability==0.23.0; python_version < '3.12'",
     "setuptools>=77.0.3,<81; python_version < '3.12'",
-    # The last one that was tried beside TensorFlow 2.15 and the protobuf it asks for.
+    # The newest that allows the protobuf 4 of TensorFlow 2.15.
     "wandb<=0.28.0; python_version < '3.12'",
 ]
 MPI = ["mpich>=4.3,<6"]
