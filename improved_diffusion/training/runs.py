@@ -39,6 +39,7 @@ class Run:
 
     run_id: str
     folder: str
+    options: Mapping[str, Any]  # flat, as checkpoints hold them
     state: checkpoints.RunState | None = None
     weights: dict[str, Tensor] | None = None
 
@@ -66,14 +67,14 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     if config.resume_checkpoint:
         weights = checkpoints.load_weights(config.resume_checkpoint).state_dict
         _make_folder(folder)
-        return Run(run_id, folder, weights=weights)
+        return Run(run_id, folder, stored_config, weights=weights)
     _make_folder(folder)
     if not config.resume_id:
-        return Run(run_id, folder)
+        return Run(run_id, folder, stored_config)
     checkpoints.remove_leftovers(folder)
     if checkpoints.find_resume_step(folder) is None:
         logger.info("%s holds no complete checkpoint: starting at step 0", folder)
-        return Run(run_id, folder)
+        return Run(run_id, folder, stored_config)
     state = checkpoints.load_run(folder)
     _check_options(state.config, stored_config, folder)
     if any(key not in state.opt_state for key in OPTIMISER_KEYS):
@@ -81,7 +82,7 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
             f"{folder}: its opt_*.pt is another program's: "
             "start a new run from its weights with --resume_checkpoint"
         )
-    return Run(run_id, folder, state)
+    return Run(run_id, folder, stored_config, state)
 
 
 def _make_folder(folder: str) -> None:
