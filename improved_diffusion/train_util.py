@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -29,13 +28,12 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.nn import compile_network
 from improved_diffusion.resample import create_schedule_sampler
-from improved_diffusion.training import validation
+from improved_diffusion.training import signals, validation
 from improved_diffusion.training.runs import Run, resume_command
-from improved_diffusion.training.train_data import STOP_SIGNALS, train_loader
+from improved_diffusion.training.train_data import train_loader
 
 logger = logging.getLogger(__name__)
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start again and it goes on
 FIRST_SAMPLE_STEP = 500
 NUM_SAMPLES = 4
 VALIDATION_STREAM = 1 << 40  # a position that no run reaches: its random numbers are free
@@ -75,7 +73,8 @@ class TrainLoop:
         valid_data: TrainDataset | None = None,
     ) -> None:
         self.config, self.diffusion, self.data = config, diffusion, data
-        self.run, self.stored_config, self.sample_diffusion = run, stored_config, sample_diffusion
+        self.run = run.forget_start()
+        self.stored_config, self.sample_diffusion = stored_config, sample_diffusion
         self.valid_data = valid_data
         self.device = dist_util.dev()
         self._autocast()  # refuses what the device cannot do
@@ -100,7 +99,6 @@ class TrainLoop:
         self.log = RunLogger(run.folder, run.run_id, stored_config, self.step)
         self._logged = (self.step, time.perf_counter())
         self._bad_steps = 0
-        self._signal = 0  # the signal that this rank was sent
         self._stop = False  # what all ranks agreed on
 
     def run_loop(self) -> bool:
@@ -115,11 +113,12 @@ class TrainLoop:
         self._introduce()
         show = None if dist_util.is_main() else True  # None: only where there is a terminal
         with (
-            self._catch_signals(),
+            signals.deferred(),
             logging_redirect_tqdm(),
             tqdm(initial=self.step, total=self.last_step, unit="step", disable=show) as bar,
             contextlib.closing(self._batches()) as batches,
         ):
+            self._stop = any(dist_util.max_over_ranks(signals.received(), what="the first step"))
             while not self._stop and not self.finished:
                 if self.run_step(next(batches)):
                     bar.update()
@@ -129,6 +128,7 @@ class TrainLoop:
             if self.step > self.saved_step:
                 self.save()
         self.log.close()
+        self.run.close()
         if dist_util.is_main():
             logger.info("to resume: %s", resume_command(self.run.run_id))
         # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
@@ -148,7 +148,9 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write a checkpoint of this step and point `*_latest.pt` at it."""
+        self.log.flush()
         if dist_util.is_main():
+            self.run.check_held()
             state = self.model.state_dict()
             opt_state = {
                 "optimizer": self.optimizer.state_dict(),
@@ -187,8 +189,8 @@ class TrainLoop:
         for param, slots in self.optimizer.state.items():
             for name, value in slots.items():
                 # Files hold no memory layout; the fast path needs the parameter's own.
-                if value.shape == param.shape:
-                    slots[name] = torch.empty_like(param).copy_(value)
+                same = value.shape == param.shape
+                slots[name] = torch.empty_like(param).copy_(value) if same else value.clone()
         ranks = state.opt_state.get("ranks", dist_util.world_size())
         if ranks != dist_util.world_size() and dist_util.is_main():
             logger.info(
@@ -221,7 +223,7 @@ class TrainLoop:
         losses = {key: value.tolist() for key, value in terms.items()}
         bad = not math.isfinite(grad_norm) or not all(map(math.isfinite, losses["loss"]))
         any_bad, any_signal = dist_util.max_over_ranks(
-            int(bad), self._signal, what=f"the end of step {self.step}"
+            int(bad), signals.received(), what=f"the end of step {self.step}"
         )
         self._stop = any_signal > 0
         if self.loss_scale is not None:
@@ -398,7 +400,7 @@ class TrainLoop:
         values, timesteps = [], self.diffusion.num_timesteps
         with self._ema_network() as network:
             for index in range(dist_util.rank(), videos, dist_util.world_size()):
-                if self._signal:
+                if signals.received():
                     break
                 generator = make_generator(self.config.seed, VALIDATION_STREAM, index)
                 t = int((index + torch.rand((), generator=generator)) * timesteps / videos)
@@ -408,7 +410,7 @@ class TrainLoop:
                 item = validation.without_padding(item)
                 bits = validation.bits_per_dim(self.diffusion, network, item, generator)
                 values.append((float(terms["loss"]), bits))
-        if not any(dist_util.max_over_ranks(self._signal, what="validation")):
+        if not any(dist_util.max_over_ranks(signals.received(), what="validation")):
             for loss, bits in values:
                 self.log.add("valid_loss", loss)
                 self.log.add("valid_bpd", bits)
@@ -418,7 +420,7 @@ class TrainLoop:
         files = []
         with self._ema_network() as network:
             for index in range(min(NUM_SAMPLES, len(self.data))):
-                if self._signal:
+                if signals.received():
                     break
                 path = f"{self.run.folder}/samples/sample_{self.step:06d}_{index}.gif"
                 generator = make_generator(self.config.seed, index)
@@ -431,22 +433,6 @@ class TrainLoop:
     def _item(self, data: TrainDataset, index: int) -> Batch:
         """One item, always the same, as a batch on the device."""
         return self._to_device({key: value[None] for key, value in data[0, index].items()})
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Note stop signals instead of dying of them; a second Ctrl-C ends the run at once."""
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
-
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _introduce(self) -> None:
         """What this run is, in a few lines."""
