@@ -32,6 +32,7 @@ LOCK_NAME = "run.lock"
 BEAT_S = 20.0
 EXPIRY_S = 180.0
 SETTLE_S = 2.0
+LAST_BEAT_S = 10.0
 TAKING_S = 20.0  # replacing a lock takes no longer, unless its process was killed meanwhile
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
@@ -124,6 +125,7 @@ class RunLock:
         self._file: _LocalFile | _Blob
         self._file = (_Blob if paths.is_remote(folder) else _LocalFile)(self.path, self._me)
         self._over = threading.Event()
+        self._beating = threading.Lock()
         self._lost = False
 
     def acquire(self) -> None:
@@ -149,15 +151,18 @@ class RunLock:
 
     def _keep_fresh(self) -> None:
         while not self._over.wait(BEAT_S):
-            try:
-                self.check()
-                self._file.refresh()
-            except BlockingIOError:
-                self._lost = True
-                os.kill(os.getpid(), signal.SIGTERM)  # the loop ends, and `check` says why
-                return
-            except Exception as error:  # the file system is away; the next beat may find it
-                logger.debug("%s: %s", self.path, error)
+            with self._beating:
+                if self._over.is_set():
+                    return
+                try:
+                    self.check()
+                    self._file.refresh()
+                except BlockingIOError:
+                    self._lost = True
+                    os.kill(os.getpid(), signal.SIGTERM)  # the loop ends, and `check` says why
+                    return
+                except Exception as error:  # the file system is away; the next beat may find it
+                    logger.debug("%s: %s", self.path, error)
 
     def check(self) -> None:
         """Raise BlockingIOError if another process has taken the run, as after a long standstill."""
@@ -171,10 +176,13 @@ class RunLock:
         """Give the lock back; the file goes."""
         _held.pop(self.path, None)
         self._over.set()
-        with contextlib.suppress(OSError):
-            holder = self._file.read()
-            if holder is not None and holder.token == self._me.token:
-                self._file.remove()
+        # A beat under way could make the file again; where it hangs, the lock expires by itself.
+        if self._beating.acquire(timeout=LAST_BEAT_S):
+            with contextlib.suppress(OSError):
+                holder = self._file.read()
+                if holder is not None and holder.token == self._me.token:
+                    self._file.remove()
+            self._beating.release()
 
 
 # ---------------------------------------------------------------- the file
