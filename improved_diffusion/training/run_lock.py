@@ -105,7 +105,7 @@ def hold(folder: str) -> RunLock:
     lock = RunLock(folder)
     if lock.path not in _held:
         lock.acquire()
-    return _held.setdefault(lock.path, lock)
+    return _held[lock.path]
 
 
 def release_all() -> None:
@@ -131,6 +131,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock. Raises BlockingIOError naming the holder where another process has it."""
         self._file.take(self._refuse_unless_gone)
+        _held[self.path] = self
         threading.Thread(target=self._keep_fresh, name="run lock", daemon=True).start()
 
     def _refuse_unless_gone(self, holder: Holder, age_s: float) -> None:
@@ -278,8 +279,9 @@ class _LocalFile:
 
     def _now(self) -> float:
         """The file system's clock, which need not agree with this machine's."""
-        os.utime(self.mine)
-        return os.stat(self.mine).st_mtime
+        probe = self.mine if os.path.exists(self.mine) else self.path  # the lock, once it is mine
+        os.utime(probe)
+        return os.stat(probe).st_mtime
 
     def _remove_if_old(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
