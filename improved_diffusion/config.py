@@ -6,27 +6,111 @@ that consumes an option reads it from the dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from improved_diffusion.registry import (
+    LOSS_WEIGHTINGS,
+    MASK_DISTRIBUTIONS,
+    NETWORKS,
+    PREDICTIONS,
+    TIMESTEP_DISTRIBUTIONS,
+    Registry,
+)
+
+Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, **extra: Any) -> Any:
-    """A dataclass field that is also a command-line flag of the same name."""
+def option(
+    default: Any = MISSING, help: str = "", *, choices: Collection[str] | None = None, **extra: Any
+) -> Any:
+    """A dataclass field that is also a command-line flag of the same name.
+
+    Without a default the flag is required. choices: names, or a registry, whose names and help are
+    shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
+    `item_type`, or a text, which then is a comma list.
+    """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
 
 def required_list(help: str) -> Any:
-    """A dataclass field that is also a required flag of one or more texts."""
-    return field(metadata={"help": help, "nargs": "+", "item_type": str})
+    """A dataclass field that is also a required flag of one or more texts, commas and all: paths."""
+    return option(help=help, nargs="+", item_type=str, commas=False)
+
+
+def owned_options(registry: Registry, chosen_by: str) -> Any:
+    """A dataclass field for the `Options` of the thing in `registry` that the field `chosen_by` names.
+
+    The options of all its things are flags. The dataclass calls `fill_options`, so that the field
+    may be given as an `Options`, as a mapping of some of them, or not at all.
+    """
+    text = f"options of the --{registry.flag} that is chosen"
+    return field(
+        default=None, metadata={"help": text, "owned_by": registry, "chosen_by": chosen_by}
+    )
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The `Options` of a thing that has none of its own."""
+
+
+def option_groups(registry: Registry) -> list[type]:
+    """The `Options` classes of the things in `registry`, each once."""
+    return list(dict.fromkeys(getattr(thing, "Options", NoOptions) for thing in registry.values()))
+
+
+def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:
+    """The `Options` of the thing `name`, with those of `values` that it has and its own defaults.
+
+    values: None, an `Options`, or a mapping. Raises ValueError for an unknown name, for a key of a
+    mapping that is an option of no thing in the registry, and what the class raises.
+    """
+    group = getattr(registry[name], "Options", NoOptions)
+    if isinstance(values, group):
+        return values
+    if is_dataclass(values):
+        values = vars(values)
+    known = [item.name for other in option_groups(registry) for item in fields(other)]
+    unknown = sorted(set(values or {}) - set(known))
+    if unknown:
+        raise ValueError(f"no --{registry.flag} has an option {unknown[0]}: choose from {known}")
+    return group(**{f.name: values[f.name] for f in fields(group) if f.name in (values or {})})
+
+
+def fill_options(config: Any) -> None:
+    """In `__post_init__`: turn each field of `owned_options` into the `Options` of what is chosen."""
+    for item in fields(config):
+        if "owned_by" in item.metadata:
+            name, given = getattr(config, item.metadata["chosen_by"]), getattr(config, item.name)
+            filled = chosen_options(item.metadata["owned_by"], name, given)
+            object.__setattr__(config, item.name, filled)
+
+
+def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
+    """An option dataclass from {option: value}, as parsed or as stored.
+
+    Unknown keys are ignored and missing ones get their defaults, so that old and foreign
+    checkpoints load. Raises ValueError where the values are not legal.
+    """
+    chosen: dict[str, Any] = {}
+    for item in fields(group):  # type: ignore[arg-type]
+        if item.name in values:
+            value = values[item.name]
+            chosen[item.name] = tuple(value) if isinstance(value, list) else value
+        elif "owned_by" in item.metadata:
+            known = [f.name for g in option_groups(item.metadata["owned_by"]) for f in fields(g)]
+            chosen[item.name] = {name: values[name] for name in known if name in values}
+    return group(**chosen)
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError for a field whose value is not among its choices."""
+    """Raise ValueError for a field whose value is neither its default nor among its choices."""
     for item in fields(config):
-        choices = item.metadata.get("choices")
-        if choices:
-            check_known(item.name, [getattr(config, item.name)], choices)
+        choices, value = item.metadata.get("choices"), getattr(config, item.name)
+        if choices and value != item.default:
+            check_known(item.name, value if isinstance(value, tuple) else [value], choices)
 
 
 def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:
@@ -54,6 +138,7 @@ def defaults(*groups: type) -> dict[str, Any]:
 class ModelConfig:
     """The network's size and form (unet.py)."""
 
+    network: str = option("unet", "kind of network", choices=NETWORKS)
     image_size: int | None = option(
         None, "height and width of the frames (default: the data set's)"
     )
@@ -61,7 +146,7 @@ class ModelConfig:
     num_res_blocks: int = option(2, "residual blocks per level")
     num_heads: int = option(4, "attention heads")
     num_heads_upsample: int = option(-1, "attention heads in the decoder (-1: num_heads)")
-    attention_resolutions: str = option("16,8", "image sizes that get attention, comma list")
+    attention_resolutions: str = option("16,8", "image sizes that get attention", nargs="+")
     dropout: float = option(0.0, "dropout rate inside residual blocks")
     learn_sigma: bool = option(False, "also predict the variance (6 output channels)")
     use_checkpoint: bool = option(
@@ -72,6 +157,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_channels < 32 or self.num_channels % 32:
             raise ValueError(
                 f"--num_channels {self.num_channels}: must be a multiple of 32 (GroupNorm 32)"
@@ -99,20 +185,37 @@ class DiffusionConfig:
         "timesteps to keep: an integer, a comma list of section counts, or ddim<int> (empty: all)",
     )
     use_kl: bool = option(False, "train on the variational bound instead of the MSE")
-    predict_xstart: bool = option(
-        False, "the network predicts the clean frames instead of the noise"
-    )
+    predict_xstart: bool = option(False, "the same as --prediction xstart")
+    prediction: str = option("", "what the network predicts (default: eps)", choices=PREDICTIONS)
     rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(True, "with learn_sigma: weigh the bound by steps/1000")
+    loss_weighting: str = option(
+        "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "diffusion_steps")
+        if self.predict_xstart and self.prediction_type != "xstart":
+            raise ValueError(
+                f"--predict_xstart True and --prediction {self.prediction} contradict each other: "
+                "drop one"
+            )
+        if self.use_kl and self.loss_weighting != "none":
+            raise ValueError(
+                f"--use_kl True and --loss_weighting {self.loss_weighting} exclude each other: "
+                "choose one"
+            )
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise ValueError(
                 f"--diffusion_steps {self.diffusion_steps} is too few for the linear noise schedule "
                 "(more than 20 are needed): use --noise_schedule cosine or more steps"
             )
+
+    @property
+    def prediction_type(self) -> str:
+        """The registered name of what the network predicts."""
+        return self.prediction or ("xstart" if self.predict_xstart else "eps")
 
 
 @dataclass(frozen=True)
@@ -136,9 +239,12 @@ class TrainConfig:
         0.0, "scale the gradient down where its norm is larger than this (0: never)"
     )
     schedule_sampler: str = option(
-        "uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment")
+        "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
     )
-    ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma list")
+    mask_distribution: str = option(
+        "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
+    )
+    ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
     save_interval: int = option(50000, "steps between checkpoints")

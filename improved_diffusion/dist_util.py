@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -56,6 +56,7 @@ class _World:
     cores: int = 1
     mpi: Any = None
     started: bool = False
+    wrapped: list[Any] = field(default_factory=list)  # what wrap_ddp made
 
 
 _world = _World()
@@ -116,6 +117,10 @@ def setup_dist() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
     if _world.size > 1:
+        # Its functions keep the group of the time of their import as a default argument: imported
+        # later, by DistributedDataParallel, they would keep it and its threads past `cleanup`.
+        import torch.distributed.nn.functional
+
         with collective("joining the other ranks"):
             torch.distributed.init_process_group(
                 backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -364,16 +369,26 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
     device = dev()
     with collective("the broadcast of the parameters"):
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None
         )
+    _world.wrapped.append(wrapped)
+    return wrapped
 
 
 def cleanup() -> None:
-    """Leave the other ranks in an orderly way, at the end of the run."""
+    """Leave the other ranks in an orderly way, at the end of the run; ends `wrap_ddp`'s modules.
+
+    The group's threads end here. One that still let go of a tensor while the interpreter shuts down
+    would be ended inside C++, which aborts a process whose work is done.
+    """
     if _world.started and _world.size > 1:
         import torch
 
+        for (
+            module
+        ) in _world.wrapped:  # whoever still holds one would keep the group and its threads
+            del module.process_group, module.reducer, module.logger
         torch.distributed.destroy_process_group()
     _world.__dict__.update(_World().__dict__)
 

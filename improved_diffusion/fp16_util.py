@@ -1,12 +1,12 @@
-"""Half precision for the network, loss scaling, and moving averages of the weights."""
+"""Half precision for the network, and loss scaling."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+
+from improved_diffusion.nn import update_ema as update_ema  # its published place
 
 
 def autocast(
@@ -52,14 +52,3 @@ class LossScale:
                 "the float16 loss scale fell below 2^0: gradients are infinite or not a number "
                 "whatever the scale: resume with a lower --lr, or without --use_fp16"
             )
-
-
-def ema_decay(rate: float, step: int, *, warmup: bool) -> float:
-    """The share of the old average after update number `step` (from 1); warmup starts it low."""
-    return min(rate, (1 + step) / (10 + step)) if warmup else rate
-
-
-@torch.no_grad()
-def update_ema(average: Mapping[str, Tensor], weights: Iterable[Tensor], decay: float) -> None:
-    """average = decay * average + (1 - decay) * weights, in place; equal orders of tensors."""
-    torch._foreach_lerp_(list(average.values()), list(weights), 1.0 - decay)

@@ -3,13 +3,15 @@
 Sources: DDPM = Ho et al. 2020 (arXiv 2006.11239); IDDPM = Nichol & Dhariwal 2021 (2102.09672);
 DDIM = Song et al. 2020 (2010.02502); FDM = Harvey et al. 2022 (2205.11495).
 
-Frames are [B, T, C, H, W] in [-1, 1], timesteps t int64 [B] in [0, num_timesteps), masks float
-[B, T, 1, 1, 1]. `model(x, timesteps, **model_kwargs)` is the network; `model_kwargs` holds x0 (the
-clean frames), obs_mask, latent_mask and frame_indices.
+Frames are [B, T, C, H, W] in [-1, 1], timesteps t int64 [B] (or [1], where all videos are at one) in
+[0, num_timesteps), masks float [B, T, 1, 1, 1]. Methods that take a `model` are the published ones:
+`model(x, timesteps, **model_kwargs)` is the network; `model_kwargs` holds x0 (the clean frames),
+obs_mask, latent_mask and frame_indices. The rest of this package calls `sampling.denoiser.Denoiser`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,13 @@ from torch import Tensor
 
 from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data.rng_util import Generators, randn
-from improved_diffusion.losses import discretized_gaussian_log_likelihood, masked_mean, normal_kl
+from improved_diffusion.losses import (
+    Noised,
+    discretized_gaussian_log_likelihood,
+    masked_mean,
+    normal_kl,
+)
+from improved_diffusion.registry import PREDICTIONS
 
 Model = Callable[..., Tensor]
 
@@ -54,6 +62,7 @@ class GaussianDiffusion:
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a vector of numbers in (0, 1]")
         self.config = config
+        self.prediction = PREDICTIONS[config.prediction_type]()
         self.betas = betas
         self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
@@ -125,6 +134,20 @@ class GaussianDiffusion:
             "sqrt_recip_bar_minus_one", t
         )
 
+    def noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Noised:
+        """Clean frames with `noise` in them at timesteps t."""
+        return Noised(x_start, noise, self.q_sample(x_start, t, noise), t)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps t [B], like t."""
+        bar = self._table("bar", t).flatten()
+        return bar / (1 - bar)
+
+    def countdown(self, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
+        """Timesteps [batch_size] from the last to 0."""
+        for step in range(self.num_timesteps - 1, -1, -1):
+            yield torch.full((batch_size,), step, device=device, dtype=torch.int64)
+
     def scale_timesteps(self, t: Tensor) -> Tensor:
         """Timesteps as the network sees them: 0..1000 whatever their number, with rescaling on."""
         return t.float() * (1000.0 / self.num_timesteps) if self.config.rescale_timesteps else t
@@ -135,31 +158,13 @@ class GaussianDiffusion:
         """The network's output at x_t, timesteps scaled."""
         return model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
 
-    def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        *,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        model_kwargs: dict[str, Any] | None = None,
+    def distribution(
+        self, output: Tensor, x: Tensor, t: Tensor, *, clip_denoised: bool = True
     ) -> dict[str, Tensor]:
-        """p(x_{t-1} | x_t): {"mean", "variance", "log_variance", "pred_xstart"}, all like x.
+        """p(x_{t-1} | x_t) of a network's output: {"mean", "variance", "log_variance", "pred_xstart"}.
 
-        `denoised_fn` is applied to the predicted clean frames before they are clipped to [-1, 1].
+        All are like x. clip_denoised: clip the predicted clean frames to [-1, 1].
         """
-        output = self.run_model(model, x, t, model_kwargs)
-        return self._output_to_distribution(output, x, t, clip_denoised, denoised_fn)
-
-    def _output_to_distribution(
-        self,
-        output: Tensor,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    ) -> dict[str, Tensor]:
         if self.config.learn_sigma:
             output, fraction = output.chunk(2, dim=2)
             fraction = (fraction + 1) / 2  # IDDPM Eq. 15
@@ -167,17 +172,11 @@ class GaussianDiffusion:
                 "posterior_log_variance", t
             )
             variance = log_variance.exp()
-        elif self.config.sigma_small:
-            variance = self._table("posterior_variance", t).expand_as(x)
-            log_variance = self._table("posterior_log_variance", t).expand_as(x)
         else:
-            variance = self._table("large_variance", t).expand_as(x)
-            log_variance = self._table("large_log_variance", t).expand_as(x)
-        pred_xstart = (
-            output if self.config.predict_xstart else self.predict_xstart_from_eps(x, t, output)
-        )
-        if denoised_fn is not None:
-            pred_xstart = denoised_fn(pred_xstart)
+            fixed = "posterior" if self.config.sigma_small else "large"
+            variance = self._table(f"{fixed}_variance", t).expand_as(x)
+            log_variance = self._table(f"{fixed}_log_variance", t).expand_as(x)
+        pred_xstart = self.prediction.xstart(self, output, x, t)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
@@ -188,7 +187,47 @@ class GaussianDiffusion:
             "pred_xstart": pred_xstart,
         }
 
-    # ------------------------------------------------------------ sampling
+    # ------------------------------------------------------------ one step of sampling
+
+    def ancestral_step(
+        self, x: Tensor, t: Tensor, xstart: Tensor, log_variance: Tensor, noise: Tensor
+    ) -> Tensor:
+        """x_{t-1} given x_t and predicted clean frames; `noise` are standard normals (DDPM Alg. 2)."""
+        mean, _, _ = self.q_posterior_mean_variance(xstart, x, t)
+        not_last = (t > 0).float()[:, None, None, None, None]  # the last step adds no noise
+        return mean + not_last * torch.exp(0.5 * log_variance) * noise
+
+    def ddim_step(
+        self,
+        x: Tensor,
+        t: Tensor,
+        xstart: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
+    ) -> Tensor:
+        """The same by DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance."""
+        eps = self.predict_eps_from_xstart(x, t, xstart)
+        bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
+        sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
+        sample = bar_prev.sqrt() * xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
+        # sigma is 0 at t = 0
+        return sample + sigma * randn(x.shape, generator, x.device) if eta else sample
+
+    # ------------------------------------------------------------ the published ways to sample
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """`distribution` of the network's output at x."""
+        output = self.run_model(model, x, t, model_kwargs)
+        return self.distribution(output, x, t, clip_denoised=clip_denoised)
 
     def p_sample(
         self, model: Model, x: Tensor, t: Tensor, *, generator: Generators = None, **options: Any
@@ -196,8 +235,7 @@ class GaussianDiffusion:
         """One DDPM step: {"sample": x_{t-1}, "pred_xstart"}. Options as for p_mean_variance."""
         out = self.p_mean_variance(model, x, t, **options)
         noise = randn(x.shape, generator, x.device)
-        not_last = (t > 0).float()[:, None, None, None, None]  # the last step adds no noise
-        sample = out["mean"] + not_last * torch.exp(0.5 * out["log_variance"]) * noise
+        sample = self.ancestral_step(x, t, out["pred_xstart"], out["log_variance"], noise)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
@@ -210,16 +248,10 @@ class GaussianDiffusion:
         generator: Generators = None,
         **options: Any,
     ) -> dict[str, Tensor]:
-        """One DDIM step (DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance)."""
-        out = self.p_mean_variance(model, x, t, **options)
-        pred_xstart = out["pred_xstart"]
-        eps = self.predict_eps_from_xstart(x, t, pred_xstart)
-        bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
-        sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
-        sample = bar_prev.sqrt() * pred_xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
-        if eta:
-            sample = sample + sigma * randn(x.shape, generator, x.device)  # sigma is 0 at t = 0
-        return {"sample": sample, "pred_xstart": pred_xstart}
+        """One DDIM step: {"sample": x_{t-1}, "pred_xstart"}. Options as for p_mean_variance."""
+        xstart = self.p_mean_variance(model, x, t, **options)["pred_xstart"]
+        sample = self.ddim_step(x, t, xstart, eta=eta, generator=generator)
+        return {"sample": sample, "pred_xstart": xstart}
 
     def p_sample_loop(self, model: Model, shape: tuple[int, ...], **options: Any) -> Tensor:
         """Sample frames [B, T, C, H, W] with DDPM; options as for `sample_loop`."""
@@ -229,10 +261,7 @@ class GaussianDiffusion:
         self, model: Model, shape: tuple[int, ...], *, eta: float = 0.0, **options: Any
     ) -> Tensor:
         """Sample frames [B, T, C, H, W] with DDIM; options as for `sample_loop`."""
-
-        def step(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-            return self.ddim_sample(*args, eta=eta, **kwargs)
-
+        step = functools.partial(self.ddim_sample, eta=eta)
         return self.sample_loop(step, model, shape, **options)
 
     @torch.inference_mode()
@@ -242,14 +271,12 @@ class GaussianDiffusion:
         model: Model,
         shape: tuple[int, ...],
         *,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         latent_mask: Tensor | None = None,
         noise: Tensor | None = None,
         generator: Generators = None,
         device: torch.device | str | None = None,
-        progress: bool = False,
+        clip_denoised: bool = True,
     ) -> Tensor:
         """Go through all timesteps with `step`, from `noise` (default: drawn) to clean frames.
 
@@ -257,36 +284,78 @@ class GaussianDiffusion:
         the others come out as they are in model_kwargs' x0. generator: a CPU generator, or one per
         video. device: where to work (default: x0's).
         """
-        model_kwargs = model_kwargs or {}
-        latent_mask = model_kwargs.get("latent_mask") if latent_mask is None else latent_mask
+        kwargs = model_kwargs or {}
+        latent_mask = kwargs.get("latent_mask") if latent_mask is None else latent_mask
         if device is None:
-            device = model_kwargs["x0"].device if "x0" in model_kwargs else torch.device("cpu")
+            device = kwargs["x0"].device if "x0" in kwargs else torch.device("cpu")
         x = randn(shape, generator, device) if noise is None else noise.to(device)
-        for t in self._countdown(shape[0], device, progress):
-            x = step(
-                model,
-                x,
-                t,
-                clip_denoised=clip_denoised,
-                denoised_fn=denoised_fn,
-                model_kwargs=model_kwargs,
-                generator=generator,
-            )["sample"]
-        return x if latent_mask is None else torch.where(latent_mask > 0, x, model_kwargs["x0"])
-
-    def _countdown(
-        self, batch_size: int, device: torch.device | str, progress: bool
-    ) -> Iterator[Tensor]:
-        """Timesteps [B] from the last to 0."""
-        steps: Any = range(self.num_timesteps - 1, -1, -1)
-        if progress:
-            from tqdm import tqdm
-
-            steps = tqdm(steps, leave=False)
-        for step in steps:
-            yield torch.full((batch_size,), step, device=device, dtype=torch.int64)
+        options = {"clip_denoised": clip_denoised, "model_kwargs": kwargs, "generator": generator}
+        for t in self.countdown(shape[0], device):
+            x = step(model, x, t, **options)["sample"]
+        return x if latent_mask is None else torch.where(latent_mask > 0, x, kwargs["x0"])
 
     # ------------------------------------------------------------ losses and bounds
+
+    def losses(
+        self,
+        output: Tensor,
+        noised: Noised,
+        mask: Tensor | None,
+        *,
+        eval_mask: Tensor | None = None,
+        weights: Tensor | float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Losses per video [B] of a network's output: "loss" to train on, "mse", "eval-mse", "vb".
+
+        mask: where the loss counts (None: everywhere); eval_mask: where the second, logged MSE
+        counts; weights: factors [B] on the MSE in the loss. Sources: DDPM Eq. 14; IDDPM Eq. 16 for
+        learn_sigma; FDM section 3.
+        """
+        terms = {}
+        prediction = output.chunk(2, dim=2)[0] if self.config.learn_sigma else output
+        if self.config.use_kl:
+            terms["loss"] = terms["vb"] = self.num_timesteps * self.bound_term(
+                output, noised, mask, clip_denoised=False
+            )
+        elif self.config.learn_sigma:
+            # The bound trains the variance alone: the mean is held fixed in it.
+            frozen = torch.cat([prediction.detach(), output.chunk(2, dim=2)[1]], dim=2)
+            bound = self.bound_term(frozen, noised, mask, clip_denoised=False)
+            rescaled = self.config.rescale_learned_sigmas
+            terms["vb"] = bound * self.num_timesteps / 1000 if rescaled else bound
+        squared_error = (self.prediction.target(self, noised) - prediction) ** 2
+        terms["mse"] = masked_mean(squared_error, mask)
+        terms["eval-mse"] = masked_mean(squared_error.detach(), eval_mask)
+        if not self.config.use_kl:
+            terms["loss"] = weights * terms["mse"] + terms.get("vb", 0.0)
+        return terms
+
+    def bound_term(
+        self, output: Tensor, noised: Noised, mask: Tensor | None, *, clip_denoised: bool
+    ) -> Tensor:
+        """One term of the bound of a network's output, in bits per dimension [B].
+
+        The KL divergence of DDPM Eq. 5, or at t = 0 the negative log likelihood of the pixels;
+        masked, and averaged over all dimensions of the T frames given.
+        """
+        x_start, _, x_t, t = noised
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
+        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
+        nll = -discretized_gaussian_log_likelihood(
+            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+        )
+        nats = torch.where((t == 0)[:, None, None, None, None], nll, kl)
+        return masked_mean(nats, mask) / math.log(2.0)
+
+    def prior_bpd(self, x_start: Tensor, latent_mask: Tensor | None = None) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: the bound's constant term."""
+        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        zero = torch.zeros_like(log_variance)
+        return masked_mean(normal_kl(mean, log_variance, zero, zero), latent_mask) / math.log(2.0)
+
+    # ------------------------------------------------------------ the published losses and bounds
 
     def training_losses(
         self,
@@ -299,33 +368,10 @@ class GaussianDiffusion:
         latent_mask: Tensor | None = None,
         eval_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses per video [B]: "loss" to train on, and its parts "mse", "eval-mse", "vb".
-
-        latent_mask: where the loss counts (None: everywhere); eval_mask: where the second, logged
-        MSE counts. Sources: DDPM Eq. 14; IDDPM Eq. 16 for learn_sigma; FDM section 3.
-        """
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
-        output = self.run_model(model, x_t, t, model_kwargs)
-        terms = {}
-        if self.config.use_kl:
-            bound = self._vb_from_output(output, x_start, x_t, t, False, latent_mask)["output"]
-            terms["loss"] = terms["vb"] = bound * self.num_timesteps
-        elif self.config.learn_sigma:
-            mean, variance = output.chunk(2, dim=2)
-            # The bound trains the variance alone: the mean is held fixed in it.
-            frozen = torch.cat([mean.detach(), variance], dim=2)
-            bound = self._vb_from_output(frozen, x_start, x_t, t, False, latent_mask)["output"]
-            terms["vb"] = (
-                bound * self.num_timesteps / 1000 if self.config.rescale_learned_sigmas else bound
-            )
-        prediction = output.chunk(2, dim=2)[0] if self.config.learn_sigma else output
-        squared_error = ((x_start if self.config.predict_xstart else noise) - prediction) ** 2
-        terms["mse"] = masked_mean(squared_error, latent_mask)
-        terms["eval-mse"] = masked_mean(squared_error.detach(), eval_mask)
-        if not self.config.use_kl:
-            terms["loss"] = terms["mse"] + terms.get("vb", 0.0)
-        return terms
+        """`losses` of the network's output at noised frames; latent_mask: where the loss counts."""
+        noised = self.noised(x_start, t, torch.randn_like(x_start) if noise is None else noise)
+        output = self.run_model(model, noised.x_t, t, model_kwargs)
+        return self.losses(output, noised, latent_mask, eval_mask=eval_mask)
 
     def vb_terms_bpd(
         self,
@@ -338,41 +384,12 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         latent_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One term of the bound: {"output": bits per dimension [B], "pred_xstart"}.
-
-        The KL divergence of DDPM Eq. 5, or at t = 0 the negative log likelihood of the pixels;
-        masked, and averaged over all dimensions of the T frames given.
-        """
+        """{"output": `bound_term` of the network's output [B], "pred_xstart"}."""
         output = self.run_model(model, x_t, t, model_kwargs)
-        return self._vb_from_output(output, x_start, x_t, t, clip_denoised, latent_mask)
-
-    def _vb_from_output(
-        self,
-        output: Tensor,
-        x_start: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        clip: bool,
-        mask: Tensor | None,
-    ) -> dict[str, Tensor]:
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self._output_to_distribution(output, x_t, t, clip)
-        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
-        nll = -discretized_gaussian_log_likelihood(
-            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
-        )
-        nats = torch.where((t == 0)[:, None, None, None, None], nll, kl)
-        return {
-            "output": masked_mean(nats, mask) / math.log(2.0),
-            "pred_xstart": out["pred_xstart"],
-        }
-
-    def prior_bpd(self, x_start: Tensor, latent_mask: Tensor | None = None) -> Tensor:
-        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension [B]: the bound's constant term."""
-        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, t)
-        zero = torch.zeros_like(log_variance)
-        return masked_mean(normal_kl(mean, log_variance, zero, zero), latent_mask) / math.log(2.0)
+        noised = Noised(x_start, torch.empty(0), x_t, t)
+        bits = self.bound_term(output, noised, latent_mask, clip_denoised=clip_denoised)
+        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
+        return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     @torch.inference_mode()
     def calc_bpd_loop(
@@ -384,7 +401,6 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         latent_mask: Tensor | None = None,
         generator: Generators = None,
-        progress: bool = False,
     ) -> dict[str, Tensor]:
         """The whole bound on the masked frames, in bits per dimension of all T frames given.
 
@@ -392,24 +408,17 @@ class GaussianDiffusion:
         [B, num_timesteps], index t.
         """
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        for t in self._countdown(x_start.shape[0], x_start.device, progress):
-            noise = randn(x_start.shape, generator, x_start.device)
-            x_t = self.q_sample(x_start, t, noise)
+        options = {"model_kwargs": model_kwargs, "latent_mask": latent_mask}
+        for t in self.countdown(x_start.shape[0], x_start.device):
+            noised = self.noised(x_start, t, randn(x_start.shape, generator, x_start.device))
             out = self.vb_terms_bpd(
-                model,
-                x_start,
-                x_t,
-                t,
-                clip_denoised=clip_denoised,
-                model_kwargs=model_kwargs,
-                latent_mask=latent_mask,
+                model, x_start, noised.x_t, t, clip_denoised=clip_denoised, **options
             )
-            eps = self.predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+            xstart = out["pred_xstart"]
+            eps = self.predict_eps_from_xstart(noised.x_t, t, xstart)
             columns["vb"].append(out["output"])
-            columns["xstart_mse"].append(
-                masked_mean((out["pred_xstart"] - x_start) ** 2, latent_mask)
-            )
-            columns["mse"].append(masked_mean((eps - noise) ** 2, latent_mask))
+            columns["xstart_mse"].append(masked_mean((xstart - x_start) ** 2, latent_mask))
+            columns["mse"].append(masked_mean((eps - noised.noise) ** 2, latent_mask))
         terms = {name: torch.stack(values[::-1], dim=1) for name, values in columns.items()}
         prior = self.prior_bpd(x_start, latent_mask)
         return terms | {"prior_bpd": prior, "total_bpd": terms["vb"].sum(dim=1) + prior}

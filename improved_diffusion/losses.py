@@ -1,11 +1,15 @@
-"""Gaussian divergences and likelihoods, in nats, and masked means."""
+"""What the network predicts and how its error counts; Gaussian divergences and likelihoods, in nats."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 
 
 def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
@@ -45,3 +49,63 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         values = values * mask
     return values.flatten(1).mean(dim=1)
+
+
+# ---------------------------------------------------------------- what the network predicts
+
+
+class Noised(NamedTuple):
+    """Clean frames, the noise in them, and both together at timestep t."""
+
+    x_start: Tensor
+    noise: Tensor
+    x_t: Tensor
+    t: Tensor
+
+
+class PredictEps:
+    """The network predicts the noise (DDPM Eq. 14)."""
+
+    def target(self, diffusion: GaussianDiffusion, noised: Noised) -> Tensor:
+        """What the network is trained to say."""
+        return noised.noise
+
+    def xstart(
+        self, diffusion: GaussianDiffusion, output: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """The clean frames that the network's output stands for."""
+        return diffusion.predict_xstart_from_eps(x_t, t, output)
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        """The squared error of the output per squared error of the clean frames, at `snr`."""
+        return snr
+
+
+class PredictXstart:
+    """The network predicts the clean frames."""
+
+    def target(self, diffusion: GaussianDiffusion, noised: Noised) -> Tensor:
+        """What the network is trained to say."""
+        return noised.x_start
+
+    def xstart(
+        self, diffusion: GaussianDiffusion, output: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """The clean frames that the network's output stands for."""
+        return output
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        """The squared error of the output per squared error of the clean frames, at `snr`."""
+        return torch.ones_like(snr)
+
+
+# ---------------------------------------------------------------- how its error counts
+
+
+def unweighted(snr: Tensor, error_scale: Tensor) -> Tensor:
+    """Every timestep's error of the prediction counts alike.
+
+    A loss weighting gives factors [B] on the squared error of the network's output, from the
+    signal-to-noise ratio [B] and the prediction type's `error_scale` there [B].
+    """
+    return torch.ones_like(snr)

@@ -1,4 +1,7 @@
-"""Layers shared by the network's parts. Images are [N, C, H, W] in channels-last memory."""
+"""Layers shared by the network's parts, and moving averages of weights.
+
+Images are [N, C, H, W] in channels-last memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -244,3 +247,14 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 100
     angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, channels % 2))
+
+
+def ema_decay(rate: float, step: int, *, warmup: bool) -> float:
+    """The share of the old average after update number `step` (from 1); warmup starts it low."""
+    return min(rate, (1 + step) / (10 + step)) if warmup else rate
+
+
+@torch.no_grad()
+def update_ema(average: Mapping[str, Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """average = decay * average + (1 - decay) * weights, in place; equal orders of tensors."""
+    torch._foreach_lerp_(list(average.values()), list(weights), 1.0 - decay)

@@ -37,8 +37,12 @@ class Registry(MutableMapping[str, Any]):
         return thing
 
     def __setitem__(self, name: str, thing: Any) -> None:
-        """Add a thing, or put another in its place; its docstring's first line is its help."""
-        help_text = (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
+        """Add a thing, or put another in its place.
+
+        Its help is its attribute `summary`, or else the first line of its docstring.
+        """
+        text = getattr(thing, "summary", None) or getattr(thing, "__doc__", None) or ""
+        help_text = text.strip().partition("\n")[0]
         self._entries[name] = thing, help_text
 
     def __delitem__(self, name: str) -> None:
@@ -54,14 +58,124 @@ class Registry(MutableMapping[str, Any]):
         return len(self._entries)
 
     def help(self) -> str:
-        """The names, each with its line of help, for a flag's help text."""
-        return "; ".join(
+        """The names, a line each with what they are, for a flag's help text."""
+        return "\n".join(
             f"{name}: {text}" if text else name for name, (_, text) in self._entries.items()
         )
 
 
 _HERE = "improved_diffusion"
 
+# A torch module made from ModelConfig and called as unet.UNetVideoModel is.
 NETWORKS = Registry(
     "network", {"unet": (f"{_HERE}.unet:UNetVideoModel", "the UNet of the published code")}
+)
+
+# What the network's output means: a class with `target`, `xstart` and `error_scale`.
+PREDICTIONS = Registry(
+    "prediction",
+    {
+        "eps": (f"{_HERE}.losses:PredictEps", "the noise"),
+        "xstart": (f"{_HERE}.losses:PredictXstart", "the clean frames"),
+    },
+)
+
+# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output.
+LOSS_WEIGHTINGS = Registry(
+    "loss_weighting", {"none": (f"{_HERE}.losses:unweighted", "every timestep alike")}
+)
+
+# A subclass of resample.ScheduleSampler, made from the number of timesteps.
+TIMESTEP_DISTRIBUTIONS = Registry(
+    "schedule_sampler",
+    {
+        "uniform": (f"{_HERE}.resample:ScheduleSampler", "all alike"),
+        "loss-second-moment": (
+            f"{_HERE}.resample:LossSecondMomentSampler",
+            "those with large losses more often",
+        ),
+    },
+)
+
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item.
+MASK_DISTRIBUTIONS = Registry(
+    "mask_distribution",
+    {"published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them")},
+)
+
+# (denoiser, batch, *, generator, noise, eta) -> frames, see sampling/samplers.py.
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "ddpm": (f"{_HERE}.sampling.samplers:ddpm", "ancestral, one call a timestep"),
+        "ddim": (f"{_HERE}.sampling.samplers:ddim", "deterministic, or with --eta"),
+        "dpmpp2m": (f"{_HERE}.sampling.samplers:dpmpp2m", "DPM-Solver++ 2M, good in 20 steps"),
+        "heun": (f"{_HERE}.sampling.samplers:heun", "EDM's second order, two calls a step"),
+    },
+)
+
+_STRATEGIES = f"{_HERE}.inference_utils"
+
+STRATEGIES = Registry(
+    "inference_mode",
+    {
+        "autoreg": (f"{_STRATEGIES}:Autoregressive", "observe the most recent frames"),
+        "long-range": (
+            f"{_STRATEGIES}:LongRange",
+            "observe the most recent frames, and those observed first",
+        ),
+        "mixed-autoreg-independent": (f"{_STRATEGIES}:LongRange", "another name of long-range"),
+        "independent": (f"{_STRATEGIES}:Independent", "observe the frames observed first"),
+        "really-independent": (f"{_STRATEGIES}:ReallyIndependent", "observe nothing"),
+        "exp-past": (
+            f"{_STRATEGIES}:ExponentialPast",
+            "observe the frames 1, 2, 4, ... before the first new one",
+        ),
+        "hierarchy-2": (
+            f"{_STRATEGIES}:Hierarchy",
+            "sample frames spread over the whole video, then those in between",
+        ),
+        "hierarchy-3": (f"{_STRATEGIES}:Hierarchy3", "the same in three levels"),
+        "hierarchy-4": (f"{_STRATEGIES}:Hierarchy4", "the same in four levels"),
+        "hierarchy-5": (f"{_STRATEGIES}:Hierarchy5", "the same in five levels"),
+        "adaptive-autoreg": (
+            f"{_STRATEGIES}:AdaptiveAutoregressive",
+            "observe the most recent frame, and frames that look different",
+        ),
+        "adaptive-hierarchy-2": (
+            f"{_STRATEGIES}:AdaptiveHierarchy",
+            "hierarchy-2 that observes the nearest frames, and frames that look different",
+        ),
+        "adaptive-hierarchy-3": (
+            f"{_STRATEGIES}:AdaptiveHierarchy3",
+            "the same in three levels",
+        ),
+        "goal-directed-autoreg": (
+            f"{_STRATEGIES}:GoalDirectedAutoregressive",
+            "autoreg that observes the last five frames too",
+        ),
+        "goal-directed-hierarchy-2": (
+            f"{_STRATEGIES}:GoalDirectedHierarchy",
+            "hierarchy-2 that observes the last five frames too",
+        ),
+        "gibbs": (f"{_STRATEGIES}:Gibbs", "autoreg, then sweeps over the video again"),
+    },
+)
+
+_SPECS = f"{_HERE}.data.dataset_specs"
+
+DATASETS = Registry(
+    "dataset",
+    {
+        "bouncy_balls": (f"{_SPECS}:BOUNCY_BALLS", "balls that collide, 32x32, made on first use"),
+        "mazes_cwvae": (f"{_SPECS}:MAZES_CWVAE", "GQN-Mazes, 64x64, made by datasets/mazes.py"),
+        "minerl": (f"{_SPECS}:MINERL", "MineRL-Navigate, 64x64, made by datasets/minerl.py"),
+        "memory_mazes": (
+            f"{_SPECS}:MEMORY_MAZES",
+            "walks through mazes, 64x64, made by datasets/memory_mazes.py",
+        ),
+        "carla_no_traffic": (f"{_SPECS}:CARLA_NO_TRAFFIC", "drives in CARLA, 128x128"),
+        "carla_with_traffic": (f"{_SPECS}:CARLA_WITH_TRAFFIC", "the same among other cars"),
+        "carla_town02_no_traffic": (f"{_SPECS}:CARLA_TOWN02_NO_TRAFFIC", "the same in Town 2"),
+    },
 )

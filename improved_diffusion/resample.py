@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from improved_diffusion import dist_util
+from improved_diffusion.registry import TIMESTEP_DISTRIBUTIONS
 
 
 class ScheduleSampler:
@@ -80,9 +81,6 @@ class LossSecondMomentSampler(ScheduleSampler):
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
 
 
-SCHEDULE_SAMPLERS = {"uniform": ScheduleSampler, "loss-second-moment": LossSecondMomentSampler}
-
-
 def create_schedule_sampler(name: str, num_timesteps: int) -> ScheduleSampler:
     """The sampler that --schedule_sampler names."""
-    return SCHEDULE_SAMPLERS[name](num_timesteps)
+    return TIMESTEP_DISTRIBUTIONS[name](num_timesteps)

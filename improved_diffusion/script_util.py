@@ -7,9 +7,10 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from improved_diffusion.config import (
@@ -18,6 +19,8 @@ from improved_diffusion.config import (
     ModelConfig,
     TrainConfig,
     defaults,
+    from_options,
+    option_groups,
 )
 
 if TYPE_CHECKING:
@@ -51,41 +54,83 @@ def _value_type(hint: Any) -> Callable[[str], Any]:
     return str2bool if hint is bool else hint
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows descriptions as they are; the lines after an option's first help line are a list."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        first, *items = text.splitlines()
+        lines = textwrap.wrap(" ".join(first.split()), width)
+        for item in items:
+            lines += textwrap.wrap(item, width, initial_indent="  ", subsequent_indent="      ")
+        return lines
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, *groups: type, leave_out: Collection[str] = ()
 ) -> None:
-    """Add one flag per field of the option groups; a name that two groups share is added once."""
-    known = {action.dest for action in parser._actions} | set(leave_out)
+    """Add one flag per field of the option groups; a name that two groups share is added once.
+
+    A field of `config.owned_options` adds the flags of all things in its registry.
+    """
+    parser.formatter_class = HelpFormatter
     for group in groups:
         hints = typing.get_type_hints(group)
         for item in dataclasses.fields(group):
-            if item.name not in known:
+            if "owned_by" in item.metadata:
+                owned = option_groups(item.metadata["owned_by"])
+                add_arguments(parser, *owned, leave_out=leave_out)
+            elif item.name not in {*leave_out, *(action.dest for action in parser._actions)}:
                 _add_argument(parser, item, hints[item.name])
-                known.add(item.name)
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
-    meta = item.metadata
+    meta, choices = item.metadata, item.metadata.get("choices")
     required = item.default is dataclasses.MISSING
-    help_text = meta["help"].replace("%", "%%")
-    if meta.get("positional"):
-        parser.add_argument(item.name, help=help_text)
-        return
+    help_text = meta["help"]
     if not required and item.default not in (None, ""):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         help_text += f" [{shown}]"
-    options: dict[str, Any] = {
-        "help": help_text,
-        "type": meta.get("item_type") or _value_type(hint),
-    }
+    if hasattr(choices, "help"):  # a registry: what its names are stands below
+        help_text += f"\n{choices.help()}"
+    options: dict[str, Any] = {"help": help_text.replace("%", "%%")}
+    if meta.get("positional"):
+        parser.add_argument(item.name, **options)
+        return
     options |= {"required": True} if required else {"default": item.default}
-    if meta.get("choices"):
-        options["choices"] = meta["choices"]
     if meta.get("nargs"):
-        options["nargs"] = meta["nargs"]
+        options |= _list_parsing(meta, is_text=hint is str)
+    else:
+        options["type"] = _value_type(hint)
+        if not hasattr(
+            choices, "help"
+        ):  # names of a registry are checked by the dataclass, in one line
+            options["choices"] = choices
     if meta.get("flag"):  # `--optimal` and `--optimal True` are both fine
         options |= {"nargs": "?", "const": True}
     parser.add_argument(f"--{item.name}", **options)
+
+
+def _list_parsing(meta: Mapping[str, Any], *, is_text: bool) -> dict[str, Any]:
+    """How argparse reads a list: items apart by spaces, each of which may be a comma list.
+
+    The value is a tuple of `item_type`, or, for an option that is a text, that comma list.
+    """
+    item_type = meta.get("item_type", str)
+
+    def items_of(text: str) -> Any:
+        if not meta.get("commas", True):
+            return [item_type(text)]
+        items = [item_type(part.strip()) for part in text.split(",") if part.strip()]
+        return ",".join(items) if is_text else items
+
+    items_of.__name__ = item_type.__name__  # which argparse names in errors
+
+    class StoreList(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+            joined = ",".join(filter(None, values)) if is_text else tuple(sum(values, []))
+            setattr(namespace, self.dest, joined)
+
+    return {"nargs": meta["nargs"], "type": items_of, "action": StoreList}
 
 
 def parse_with_config(
@@ -106,8 +151,8 @@ def parse_with_config(
 
         options = options_of(path, actions)
     for name, value in options.items():
-        choices = actions[name].choices
-        if (choices and value not in choices) or (value is None) > (actions[name].default is None):
+        choices, default = actions[name].choices, actions[name].default
+        if (choices and value not in (default, *choices)) or (value is None) > (default is None):
             raise ValueError(f"--config {path}: {name} cannot be {value!r}")
     # As text, so that argparse checks the types.
     parser.set_defaults(**{k: v if v is None else str(v) for k, v in options.items()})
@@ -117,14 +162,8 @@ def parse_with_config(
 
 
 def config_from_args(group: type[Config], args: argparse.Namespace | dict[str, Any]) -> Config:
-    """An option dataclass from parsed flags or a stored flat dict.
-
-    Unknown keys are ignored and missing ones get their defaults, so that old and foreign
-    checkpoints load. Raises ValueError where the values are not legal.
-    """
-    values = args if isinstance(args, dict) else vars(args)
-    chosen = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}  # type: ignore[arg-type]
-    return group(**{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
+    """An option dataclass from parsed flags or a stored flat dict; see `config.from_options`."""
+    return from_options(group, args if isinstance(args, dict) else vars(args))
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:
@@ -212,7 +251,7 @@ def create_train_loop(
     import torch
 
     from improved_diffusion.data.video_datasets import get_train_dataset
-    from improved_diffusion.train_util import TrainLoop
+    from improved_diffusion.train_util import Measures, TrainLoop
     from improved_diffusion.training.runs import open_run, record_run
     from improved_diffusion.training.train_data import held_out_items
 
@@ -240,9 +279,7 @@ def create_train_loop(
         items,
         train,
         run=run,
-        stored_config=stored,
-        sample_diffusion=create_diffusion(sample_process),
-        valid_data=valid_items,
+        measures=Measures(create_diffusion(sample_process), valid_items),
     )
 
 

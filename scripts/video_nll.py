@@ -10,8 +10,8 @@ from improved_diffusion.script_util import add_arguments, config_from_args, run_
 
 # Options of sampling that mean nothing here.
 NOT_FOR_BOUNDS = (
-    "num_samples sample_idx use_ddim sampler eta clip_denoised precision obs_video gibbs_sweeps "
-    "status just_visualise"
+    "num_samples sample_idx use_ddim sampler eta clip_denoised precision obs_video status "
+    "just_visualise"
 ).split()
 
 

@@ -5,25 +5,25 @@ As a SLURM array job, task i searches step i; steps that are found already are k
 
 import argparse
 
-from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
+from improved_diffusion.sampling.options import ScheduleConfig, SearchedConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 # Options of sampling that mean nothing here.
 NOT_FOR_SEARCH = (
     "num_samples subset_size indices sample_idx optimal clip_denoised precision obs_video "
-    "gibbs_sweeps distance status just_visualise dataset_partition"
+    "status just_visualise dataset_partition"
 ).split()
 
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser, SampleConfig, ScheduleConfig, leave_out=NOT_FOR_SEARCH)
+    add_arguments(parser, SearchedConfig, ScheduleConfig, leave_out=NOT_FOR_SEARCH)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    options, search = config_from_args(SampleConfig, args), config_from_args(ScheduleConfig, args)
+    options, search = config_from_args(SearchedConfig, args), config_from_args(ScheduleConfig, args)
     from improved_diffusion.sampling.optimal_schedule import find_schedule
 
     find_schedule(options, search)

@@ -117,10 +117,11 @@ def sampling_lines(chain: Chain, network: str):
 
 def bound_lines(chain: Chain, network: str):
     """A bound, and one step of the search for an optimal schedule."""
-    options = (
-        "--inference_mode autoreg --T 12 --obs_length 5 --step_size 4 --subset_size 1 --device cpu"
+    options = "--inference_mode autoreg --T 12 --obs_length 5 --step_size 4 --device cpu"
+    chain.run(
+        "video_nll.py",
+        f"{network} {options} --subset_size 1 --timestep_respacing 5 --eval_dir out/elbo",
     )
-    chain.run("video_nll.py", f"{network} {options} --timestep_respacing 5 --eval_dir out/elbo")
     for path in sorted((chain.folder / "out" / "elbo").rglob("elbo_*.npy")):
         yield f"bound {path.name}", digest(np.load(path))
     search = "--num_videos 2 --num_timesteps 2 --eval_dir out/optimal"

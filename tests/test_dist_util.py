@@ -119,10 +119,16 @@ def test_mpiexec_without_an_mpi_library_is_one_line(tmp_path):
 
 
 COLLECTIVES = """
+    from pathlib import Path
+
     import torch
     from improved_diffusion import dist_util
 
+    def threads():
+        return [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+
     dist_util.setup_dist()
+    assert any("gloo" in name for name in threads())
     rank = dist_util.rank()
     assert dist_util.world_size() == 2 and dist_util.local_rank() == rank
     assert dist_util.is_main() == (rank == 0)
@@ -144,6 +150,7 @@ COLLECTIVES = """
     assert (model.weight.grad == 0.5).all()
     dist_util.cleanup()
     assert dist_util.world_size() == 1
+    assert not any("gloo" in name for name in threads())  # one at exit can abort the process
     print("fine", flush=True)
 """
 
@@ -164,6 +171,7 @@ def test_srun_variables_are_enough(tmp_path):
     script.write_text(textwrap.dedent(COLLECTIVES.format(torchrun=True)))
     common = {
         "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(dist_util.__file__).parents[1]),
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }

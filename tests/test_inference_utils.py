@@ -27,6 +27,7 @@ ADAPTIVE_SCHEDULES = json.loads((GOLDEN / "adaptive.json").read_text())
 MODES = list(inference_strategies)
 ADAPTIVE_MODES = [mode for mode in MODES if inference_strategies[mode].is_adaptive]
 PLAIN_MODES = [mode for mode in MODES if mode not in ADAPTIVE_MODES]
+L2 = {"distance": "l2"}
 
 
 def make(mode, T, obs_length, max_frames, step_size, **options):
@@ -74,7 +75,7 @@ def test_steps_equal_golden(case):
 @pytest.mark.parametrize("case", ADAPTIVE_SCHEDULES, ids=case_name)
 def test_adaptive_steps_equal_golden(case, as_tensor):
     videos = array(case["video_tag"], [case["B"], case["T"], *case["frame_shape"]])
-    strategy = golden_strategy(case, distance=case["distance"])
+    strategy = golden_strategy(case, options={"distance": case["distance"]})
     strategy.set_videos(torch.from_numpy(videos) if as_tensor else videos)
     assert [list(step) for step in strategy] == case["steps"]
 
@@ -150,7 +151,7 @@ def test_every_frame_is_sampled_by_sound_steps(sizes):
 @given(sizes=legal_sizes(ADAPTIVE_MODES, 32))
 def test_adaptive_modes_take_the_latent_frames_of_the_plain_ones(sizes):
     mode, T, _, max_frames, step_size = sizes
-    strategy = make(*sizes, distance="l2")
+    strategy = make(*sizes, options=L2)
     strategy.set_videos(array("adaptive", [2, T, 3, 2, 2]))
     plain = list(make(mode.removeprefix("adaptive-"), *sizes[1:]))
     for (observed, latent), (plain_observed, plain_latent) in zip(strategy, plain, strict=True):
@@ -201,7 +202,7 @@ def test_goal_directed_without_observed_frames_starts_from_the_goal():
 
 
 def test_gibbs_refines_blocks_given_both_sides():
-    strategy = make("gibbs", 16, 4, 8, 4, gibbs_sweeps=2)
+    strategy = make("gibbs", 16, 4, 8, 4, options={"gibbs_sweeps": 2})
     assert strategy.samples_frame_twice
     steps = list(strategy)
     assert steps[:3] == list(make("autoreg", 16, 4, 8, 4))
@@ -219,7 +220,7 @@ def test_gibbs_with_one_place_observes_the_frame_before_the_end():
 
 def test_adaptive_hierarchy_always_observes_the_nearest_frames():
     T, obs_length = 60, 12
-    strategy = make("adaptive-hierarchy-2", T, obs_length, 14, 6, distance="l2")
+    strategy = make("adaptive-hierarchy-2", T, obs_length, 14, 6, options=L2)
     strategy.set_videos(array("nearest", [1, T, 3, 4, 4]))
     done = set(range(obs_length))
     for (observed,), (latent,) in strategy:
@@ -256,12 +257,13 @@ def test_each_done_frame_is_embedded_once_as_it_was_sampled():
 def test_lpips_and_l2_differ_by_the_embedding_alone():
     videos = array("embed", [1, 30, 3, 2, 2])
     steps = []
-    for options in (
-        {"distance": "l2"},
-        {"distance": "lpips", "embed": lambda frames: 3 * frames.reshape(len(frames), -1)},
-        {"distance": "lpips", "embed": lambda frames: frames[:, 0, 0, :1]},
+    for distance, embed in (
+        ("l2", None),
+        ("lpips", lambda frames: 3 * frames.reshape(len(frames), -1)),
+        ("lpips", lambda frames: frames[:, 0, 0, :1]),
     ):
-        strategy = make("adaptive-autoreg", 30, 10, 8, 4, **options)
+        options = {"distance": distance}
+        strategy = make("adaptive-autoreg", 30, 10, 8, 4, options=options, embed=embed)
         strategy.set_videos(torch.from_numpy(videos).to(torch.float64))
         steps.append(list(strategy))
     assert steps[0] == steps[1] != steps[2]
@@ -303,17 +305,24 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="--inference_mode 'autoregg' is unknown: .*autoreg, .*"):
         make("autoregg", 30, 4, 8, 4)
     with pytest.raises(ValueError, match="--distance 'l1' is unknown: choose from lpips, l2"):
-        make("adaptive-autoreg", 30, 4, 8, 4, distance="l1")
+        make("adaptive-autoreg", 30, 4, 8, 4, options={"distance": "l1"})
     for sweeps in (0, 1001):
         with pytest.raises(ValueError, match=f"--gibbs_sweeps {sweeps}: must be from 1 to 1000"):
-            make("gibbs", 30, 4, 8, 4, gibbs_sweeps=sweeps)
+            make("gibbs", 30, 4, 8, 4, options={"gibbs_sweeps": sweeps})
 
 
 def test_options_reach_the_modes_that_take_them():
-    options = {"gibbs_sweeps": 3, "distance": "l2", "embed": None}
-    assert len(list(make("autoreg", 30, 10, 10, 5, **options))) == 4
-    assert len(list(make("gibbs", 30, 10, 10, 5, **options))) == 4 + 3 * 4
-    make("adaptive-autoreg", 30, 10, 10, 5, **options).set_videos(np.zeros((1, 30, 3, 2, 2)))
+    options = {"gibbs_sweeps": 3, "distance": "l2"}
+    assert len(list(make("autoreg", 30, 10, 10, 5, options=options))) == 4
+    assert len(list(make("gibbs", 30, 10, 10, 5, options=options))) == 4 + 3 * 4
+    videos = np.zeros((1, 30, 3, 2, 2))
+    make("adaptive-autoreg", 30, 10, 10, 5, options=options).set_videos(videos)
+    gibbs = inference_strategies["gibbs"]
+    assert len(list(gibbs(30, 10, 10, 5, options=gibbs.Options(gibbs_sweeps=2)))) == 4 + 2 * 4
+    with pytest.raises(
+        ValueError, match="no --inference_mode has an option sweeps: .*gibbs_sweeps"
+    ):
+        make("gibbs", 30, 10, 10, 5, options={"sweeps": 3})
     with pytest.raises(TypeError, match="sweeps"):
         make("gibbs", 30, 10, 10, 5, sweeps=3)
 
@@ -321,7 +330,7 @@ def test_options_reach_the_modes_that_take_them():
 def test_adaptive_modes_refuse_missing_or_wrong_videos():
     with pytest.raises(ValueError, match="--distance lpips needs an embedding"):
         make("adaptive-autoreg", 30, 4, 8, 4).set_videos(np.zeros((1, 30, 3, 2, 2)))
-    strategy = make("adaptive-autoreg", 30, 4, 8, 4, distance="l2")
+    strategy = make("adaptive-autoreg", 30, 4, 8, 4, options=L2)
     with pytest.raises(ValueError, match="call set_videos before the first step"):
         next(strategy)
     for shape in ((1, 29, 3, 2, 2), (30, 3, 2, 2)):

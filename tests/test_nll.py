@@ -260,7 +260,10 @@ def test_adaptive_strategies_choose_their_frames_on_the_true_video(
 
     monkeypatch.setattr(nll, "SymmetricView", view)
     bounds = bound_dataset(
-        checkpoint, inference_mode="adaptive-autoreg", distance="l2", indices=(1,)
+        checkpoint,
+        inference_mode="adaptive-autoreg",
+        strategy_options={"distance": "l2"},
+        indices=(1,),
     )
     truth = np.load(tmp_path / "data/test/1.npy").transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(seen[0], truth[None])

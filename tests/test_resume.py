@@ -44,7 +44,7 @@ def test_a_rate_that_comes_back_does_not_take_up_an_average_of_another_step(vide
     make_loop(videos, max_steps=4, ema_rate="0.9", **options).run_loop()
     loop = make_loop(videos, **options)
     assert "--ema_rate 0.99 is new" in caplog.text
-    assert equal(loop.emas["0.99"], dict(loop.model.named_parameters()))
+    assert equal(loop.train_step.emas["0.99"], loop.train_step.params)
 
 
 @pytest.mark.parametrize("kept", ["model_latest.pt", "ema_0.9_000002.pt", "opt_latest.pt"])

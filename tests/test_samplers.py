@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator
+from improved_diffusion.registry import SAMPLERS
 from improved_diffusion.respace import SpacedDiffusion
-from improved_diffusion.sampling.samplers import SAMPLERS
+from improved_diffusion.sampling.denoiser import Denoiser
 
 T, NUM_OBSERVED, CHANNELS = 4, 2, 3
 POSITIONS = np.arange(T)
@@ -75,17 +77,9 @@ def run(
     x0 = torch.zeros(num, T, CHANNELS, 1, 1)
     x0[:, :NUM_OBSERVED] = model.observed(num)[:, :, None, None, None]
     out = SAMPLERS[sampler](
-        SpacedDiffusion(config),
-        model,
-        tuple(x0.shape),
+        Denoiser(model, SpacedDiffusion(config), clip_denoised=False),
+        FrameBatch(x0, obs_mask, 1 - obs_mask, torch.arange(T).expand(num, -1)),
         eta=eta,
-        clip_denoised=False,
-        model_kwargs={
-            "x0": x0,
-            "obs_mask": obs_mask,
-            "latent_mask": 1 - obs_mask,
-            "frame_indices": torch.arange(T).expand(num, -1),
-        },
         generator=make_generator(1),
         noise=noise,
     )

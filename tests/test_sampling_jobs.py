@@ -1,5 +1,6 @@
 """Array jobs, killed jobs, one's own clips, strategies that look at frames, optimal schedules."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -90,14 +91,15 @@ def test_a_clip_of_ones_own_is_observed(checkpoint, tmp_path):  # noqa: F811
 def test_gibbs_sweeps_name_the_folder_and_refine_frames(checkpoint):  # noqa: F811
     options = {"indices": (0,), "inference_mode": "gibbs"}
     one = sample(checkpoint, **options)
-    two = sample(checkpoint, gibbs_sweeps=2, **options)
+    two = sample(checkpoint, strategy_options={"gibbs_sweeps": 2}, **options)
     assert one.path.name == "gibbs_sweeps1_4_2_8_4" and two.path.name == "gibbs_sweeps2_4_2_8_4"
     plain = sample(checkpoint, indices=(0,))
     assert (load(one, 0)[4:] != load(plain, 0)[4:]).mean() > 0.1
 
 
 def test_adaptive_strategies_choose_frames_for_each_video(checkpoint):  # noqa: F811
-    options = {"inference_mode": "adaptive-autoreg", "distance": "l2", "obs_length": 5}
+    l2 = {"distance": "l2"}
+    options = {"inference_mode": "adaptive-autoreg", "strategy_options": l2, "obs_length": 5}
     together = sample(checkpoint, batch_size=2, eval_dir="a", **options)
     alone = sample(checkpoint, batch_size=1, eval_dir="b", **options)
     assert_same_video(load(together, 2), load(alone, 2))
@@ -133,6 +135,12 @@ class TestOptimalSchedule:
         eval_dir = sample(checkpoint, indices=(0,), optimal=True)
         assert eval_dir.path == paths_found[0].parent
         assert load(eval_dir, 0).shape[0] == 8
+
+    def test_reads_copies_of_the_training_videos_where_asked(self, options, tmp_path):
+        options = dataclasses.replace(options, cache_dir=str(tmp_path / "cache"))
+        optimal_schedule.find_schedule(options, self.search)
+        copied = sorted(path.name for path in (tmp_path / "cache").rglob("train/*.npy"))
+        assert len(copied) == self.search.num_videos
 
     def test_averages_over_the_middles_of_equal_parts_of_the_chain(self):
         error = optimal_schedule.DenoisingError(

@@ -11,7 +11,9 @@ import pytest
 from helpers import ROOT, make_checkpoint, run_script
 from improved_diffusion import config, script_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.options import SampleConfig
+from improved_diffusion.study.options import BenchmarkConfig, StudyConfig
 
 PUBLISHED_DEFAULTS = {
     "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
@@ -66,7 +68,7 @@ def test_booleans_take_words_and_digits():
 
 
 def test_every_option_has_help():
-    for group in (ModelConfig, DiffusionConfig, TrainConfig, SampleConfig, config.EvalConfig):
+    for group in (ModelConfig, DiffusionConfig, TrainConfig, SampleConfig, EvalConfig):
         assert all(item.metadata["help"] for item in dataclasses.fields(group))
 
 
@@ -76,6 +78,42 @@ def test_indices_and_flags_parse_as_documented():
     )
     assert options.indices == (3, 5) and options.optimal is True
     assert parse(SampleConfig, "c.pt", "--inference_mode", "autoreg").optimal is False
+
+
+@pytest.mark.parametrize("group, words, name, value", [
+    (TrainConfig, "--dataset x --ema_rate 0.9,0.99", "ema_rate", "0.9,0.99"),
+    (TrainConfig, "--dataset x --ema_rate 0.9 0.99", "ema_rate", "0.9,0.99"),
+    (TrainConfig, "--dataset x", "ema_rate", "0.9999"),
+    (ModelConfig, "--attention_resolutions 16 8, 4", "attention_resolutions", "16,8,4"),
+    (SampleConfig, "c --inference_mode gibbs --indices 3,1 2", "indices", (3, 1, 2)),
+    (EvalConfig, "--eval_dir a --modes psnr,ssim lpips", "modes", ("psnr", "ssim", "lpips")),
+    (EvalConfig, "--eval_dir a,b c", "eval_dir", ("a,b", "c")),
+    (StudyConfig, "x --strategies gibbs autoreg,exp-past", "strategies", "gibbs,autoreg,exp-past"),
+    (BenchmarkConfig, "--measure forward train", "measure", "forward,train"),
+])  # fmt: skip
+def test_items_of_a_list_are_apart_by_spaces_or_commas(group, words, name, value):
+    assert getattr(parse(group, *words.split()), name) == value
+
+
+def test_an_empty_list_and_a_wrong_item(capsys):
+    assert parse(StudyConfig, "x", "--ddpm_strategies", "").ddpm_strategies == ""
+    with pytest.raises(SystemExit):
+        parse(SampleConfig, "c", "--inference_mode", "gibbs", "--indices", "1,x")
+    assert "--indices: invalid int value: '1,x'" in capsys.readouterr().err
+
+
+def test_the_choices_of_a_registry_are_lines_of_help_and_an_error_of_one_line(tmp_path):
+    done = run_script("video_sample.py", "--help", cwd=tmp_path, env={"COLUMNS": "200"})
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "gibbs: autoreg, then sweeps over the video again" in lines
+    done = run_script("video_sample.py", "c.pt", "--inference_mode", "gibs", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "--inference_mode 'gibs' is unknown: choose from autoreg, long-range" in done.stderr
+
+
+def test_the_search_says_which_options_only_name_the_folder(tmp_path):
+    done = run_script("video_optimal_schedule.py", "--help", cwd=tmp_path)
+    assert " ".join(done.stdout.split()).count("the search only takes from it the name") == 4
 
 
 def test_unknown_keys_are_ignored_and_missing_ones_get_defaults():
@@ -128,7 +166,8 @@ def modules_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["inference_utils", "config", "script_util", "paths", "frame_masks"]
+    "module",
+    ["inference_utils", "config", "registry", "script_util", "data.paths", "data.frame_masks"],
 )
 def test_light_modules_load_nothing_heavy(module):
     loaded = modules_after(f"import improved_diffusion.{module}")

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from improved_diffusion import dist_util, fp16_util, train_util
+from improved_diffusion import dist_util, fp16_util
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints
+from improved_diffusion.nn import ema_decay, update_ema
 from improved_diffusion.training import signals
+from improved_diffusion.training.train_step import learning_rate
 from train_runs import (
     ROOT,
     SCRIPT,
@@ -181,10 +183,10 @@ def test_resume_checkpoint_starts_a_new_run_from_the_weights(videos):
     make_loop(videos, resume_id="old", max_steps=2).run_loop()
     path = "checkpoints/old/ema_0.9_000002.pt"
     loop = make_loop(videos, resume_checkpoint=path)
-    assert loop.step == 0 and loop.run.run_id != "old" and not loop.optimizer.state
+    assert loop.step == 0 and loop.run.run_id != "old" and not loop.train_step.optimizer.state
     weights = checkpoints.load_weights(path).state_dict
-    assert equal(dict(loop.model.state_dict()), weights)
-    assert all(equal(ema, weights) for ema in loop.emas.values())
+    assert equal(dict(loop.train_step.network.state_dict()), weights)
+    assert all(equal(ema, weights) for ema in loop.train_step.emas.values())
 
 
 def test_files_that_a_killed_save_left_are_removed_on_resuming(videos):
@@ -209,14 +211,14 @@ def test_the_folder_root_comes_from_the_environment(videos, tmp_path, monkeypatc
 
 def awake_loop(videos, **options):
     loop = make_loop(videos, **options)
-    wake_up(loop.model)
+    wake_up(loop.train_step.network)
     return loop
 
 
 def gradients(loop):
-    loop._update = lambda: None
+    loop.train_step._update = lambda: None
     loop.run_step(next(loop._batches()))
-    return [param.grad for param in loop.model.parameters()]
+    return [param.grad for param in loop.train_step.network.parameters()]
 
 
 @pytest.mark.parametrize("microbatch", [1, 2])
@@ -236,11 +238,12 @@ def test_padding_counts_in_the_loss_only_where_it_is_another_videos(videos, pad,
     loop = make_loop(videos, pad_with_random_frames=pad)
     seen = {}
 
-    def training_losses(model, x_start, t, *, model_kwargs, noise, latent_mask, eval_mask):
-        seen.update(x=x_start, loss=latent_mask, eval=eval_mask)
-        return {"loss": sum(param.sum() for param in loop.model.parameters()) * torch.ones(len(t))}
+    def losses(batch, t, noise, *, mask):
+        seen.update(x=batch.frames, loss=mask, eval=batch.latent_mask)
+        weights = loop.train_step.network.parameters()
+        return {"loss": sum(param.sum() for param in weights) * torch.ones(len(t))}
 
-    monkeypatch.setattr(loop.diffusion, "training_losses", training_losses)
+    monkeypatch.setattr(loop.train_step.denoiser, "losses", losses)
     mask = {
         "obs_mask": torch.tensor([1.0, 0, 0]).expand(2, -1).reshape(2, 3, 1, 1, 1),
         "latent_mask": torch.tensor([0.0, 1, 0]).expand(2, -1).reshape(2, 3, 1, 1, 1),
@@ -255,24 +258,26 @@ def test_padding_counts_in_the_loss_only_where_it_is_another_videos(videos, pad,
 def test_bf16_trains_float32_weights(videos):
     loop = make_loop(videos, precision="bf16", max_steps=1)
     loop.run_loop()
-    assert {param.dtype for param in loop.model.parameters()} == {torch.float32}
+    assert {param.dtype for param in loop.train_step.network.parameters()} == {torch.float32}
     plain = make_loop(videos, max_steps=1)
     plain.run_loop()
-    assert not equal(loop.optimizer.state_dict(), plain.optimizer.state_dict())
+    assert not equal(
+        loop.train_step.optimizer.state_dict(), plain.train_step.optimizer.state_dict()
+    )
 
 
 def test_the_average_follows_its_formula():
     average, weights = {"w": torch.ones(2)}, torch.tensor([3.0, 5.0])
-    fp16_util.update_ema(average, [weights], 0.75)
+    update_ema(average, [weights], 0.75)
     assert torch.allclose(average["w"], torch.tensor([1.5, 2.0]))
-    assert fp16_util.ema_decay(0.9999, 1, warmup=False) == 0.9999
-    assert fp16_util.ema_decay(0.9999, 1, warmup=True) == 2 / 11
-    assert fp16_util.ema_decay(0.5, 1000, warmup=True) == 0.5
+    assert ema_decay(0.9999, 1, warmup=False) == 0.9999
+    assert ema_decay(0.9999, 1, warmup=True) == 2 / 11
+    assert ema_decay(0.5, 1000, warmup=True) == 0.5
 
 
 def test_the_rate_warms_up_then_anneals():
     config = TrainConfig(dataset="x", lr=1.0, lr_warmup_steps=4, lr_anneal_steps=10)
-    rates = [train_util.learning_rate(config, step) for step in (0, 1, 3, 5, 9)]
+    rates = [learning_rate(config, step) for step in (0, 1, 3, 5, 9)]
     assert rates == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5, 0.1])
 
 
@@ -302,15 +307,15 @@ def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
 
 def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
     plain, scaled = (awake_loop(videos) for _ in range(2))
-    scaled.loss_scale = fp16_util.LossScale(0.001)
+    scaled.train_step.loss_scale = fp16_util.LossScale(0.001)
     assert equal(gradients(plain), gradients(scaled))
-    assert scaled.loss_scale.log2 == fp16_util.LossScale.INITIAL_LOG2 + 0.001
+    assert scaled.train_step.loss_scale.log2 == fp16_util.LossScale.INITIAL_LOG2 + 0.001
 
 
 def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
     loop = make_loop(videos)
-    loop.loss_scale = fp16_util.LossScale(0.001)
-    loop.loss_scale.log2 = 0.5
+    loop.train_step.loss_scale = fp16_util.LossScale(0.001)
+    loop.train_step.loss_scale.log2 = 0.5
     spoil(loop, {0})
     with pytest.raises(ValueError, match="the float16 loss scale fell below 2.0: .* --use_fp16"):
         loop.run_step(next(loop._batches()))
@@ -318,32 +323,32 @@ def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
 
 def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
     loop = make_loop(videos)
-    loop.loss_scale = fp16_util.LossScale(0.001)
-    loop.loss_scale.log2 = 200.0
+    loop.train_step.loss_scale = fp16_util.LossScale(0.001)
+    loop.train_step.loss_scale.log2 = 200.0
     assert loop.run_step(next(loop._batches())) is False
-    assert (loop.step, loop.loss_scale.log2) == (0, 199.0)
+    assert (loop.step, loop.train_step.loss_scale.log2) == (0, 199.0)
     assert not caplog.records
 
 
 def spoil(loop, bad_steps):
     """Let the loss be NaN in the calls that `bad_steps` names, counted from 0."""
-    real, calls = loop.diffusion.training_losses, iter(range(1000))
+    real, calls = loop.train_step.denoiser.losses, iter(range(1000))
 
     def training_losses(*args, **kwargs):
         terms = real(*args, **kwargs)
         return {**terms, "loss": terms["loss"] * math.nan} if next(calls) in bad_steps else terms
 
-    loop.diffusion.training_losses = training_losses
+    loop.train_step.denoiser.losses = training_losses
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_told(videos, caplog):
     loop = make_loop(videos, max_steps=3)
     spoil(loop, {1})
-    before = {name: param.clone() for name, param in loop.params.items()}
+    before = {name: param.clone() for name, param in loop.train_step.params.items()}
     loop.run_loop()
-    assert loop.step == 3 and loop.position == 8
-    assert all(param.isfinite().all() for param in loop.params.values()) and not equal(
-        before, loop.params
+    assert loop.step == 3 and loop.train_step.position == 8
+    assert all(param.isfinite().all() for param in loop.train_step.params.values()) and not equal(
+        before, loop.train_step.params
     )
     (warning,) = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
     assert warning.startswith("step 1, rank 0: loss nan at timestep")
@@ -364,7 +369,7 @@ def test_samples_are_drawn_at_their_interval(videos, precision):
     loop.run_loop()
     names = sorted(path.name for path in Path(loop.run.folder, "samples").iterdir())
     assert names == [f"sample_000002_{i}.gif" for i in range(4)]
-    assert loop.model.training
+    assert loop.train_step.network.training
 
 
 def test_drawing_samples_does_not_change_the_run(videos):
@@ -387,8 +392,10 @@ def test_a_broken_video_ends_the_run_in_one_line(videos, num_workers):
 
 def test_a_foreign_optimiser_file_is_refused(videos):
     loop = make_loop(videos, resume_id="run", max_steps=1)
-    config = loop.stored_config
-    checkpoints.save_run(loop.run.folder, 1, loop.model.state_dict(), {}, {"state": {}}, config)
+    config = loop.run.options
+    checkpoints.save_run(
+        loop.run.folder, 1, loop.train_step.network.state_dict(), {}, {"state": {}}, config
+    )
     with pytest.raises(ValueError, match="opt_.*another program's: .*--resume_checkpoint"):
         make_loop(videos, resume_id="run")
 
@@ -406,14 +413,14 @@ def test_weights_of_another_network_are_refused(videos):
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     loop = make_loop(videos, max_steps=0, save_interval=100)
-    real = loop._update
+    real = loop.train_step._update
 
     def update():
         real()
         if loop.step == 3:
             os.kill(os.getpid(), number)
 
-    loop._update = update
+    loop.train_step._update = update
     before = signal.getsignal(number)
     assert loop.run_loop() is True
     assert checkpoints.find_resume_step(loop.run.folder) == loop.step == 4
@@ -457,9 +464,9 @@ def test_compile_trains_the_compiled_network(videos, monkeypatch):
 
         return compiled
 
-    monkeypatch.setattr(train_util, "compile_network", compile_network)
+    monkeypatch.setattr("improved_diffusion.training.train_step.compile_network", compile_network)
     make_loop(str(videos), max_steps=1).run_loop()
     assert not calls
     loop = make_loop(str(videos), max_steps=2, compile=True)
     loop.run_loop()
-    assert calls == [loop.ddp, loop.ddp]
+    assert calls == [loop.train_step.ddp, loop.train_step.ddp]

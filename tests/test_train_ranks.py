@@ -39,7 +39,7 @@ def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_pat
             if dist_util.is_main():
                 print("equal at", self.step, flush=True)
 
-        Loop._update = checked
+        TrainStep._update = checked
     """
     done = train(
         tmp_path,
@@ -68,13 +68,13 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
         sys.argv[1:] = [*options, "--resume_id=whole"]
         video_train.main()
         sys.argv[1:] = [*options, "--resume_id=parts"]
-        Loop._update = stopped
+        TrainStep._update = stopped
         try:
             video_train.main()
         except SystemExit as stop:
             with open(f"exit_{os.getpid()}", "w") as file:  # lines of two ranks may mingle
                 file.write(str(stop.code))
-        Loop._update = update
+        TrainStep._update = update
     """
     done = train(
         tmp_path,
@@ -101,7 +101,7 @@ def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path
                 open("failed", "w").close()
                 raise {error}
 
-        Loop._update = fails
+        TrainStep._update = fails
     """
     done = train(
         tmp_path, *flags(videos, num_workers=1), ranks=2, script=rank_script(tmp_path, body)
@@ -133,7 +133,7 @@ def test_resume_equals_an_unbroken_run_for_ranks_workers_samplers_and_microbatch
 ):
     # With 2 timesteps and 1 remembered loss each the sampler leaves uniform drawing at once.
     body = """
-        resample.SCHEDULE_SAMPLERS["loss-second-moment"] = functools.partial(
+        registry.TIMESTEP_DISTRIBUTIONS["loss-second-moment"] = functools.partial(
             resample.LossSecondMomentSampler, history=1)
         options = sys.argv[1:]
         for run_id, steps in (("whole", 3), ("parts", 1), ("parts", 3)):
@@ -209,14 +209,16 @@ def test_another_number_of_ranks_resumes_and_says_so(videos, tmp_path):
 SAME_ITEMS = """
     import train_runs
 
-    def losses(self, network, batch, t, noise):
-        keys = [int((frames.double() * 127.5).round().sum()) % 2**31 for frames in batch["x0"]]
+    def losses(self, batch, t, noise):
+        frames = batch.frames
+        keys = [int((video.double() * 127.5).round().sum()) % 2**31 for video in frames]
         draws = [torch.randn(x.shape, generator=torch.Generator().manual_seed(key), dtype=x.dtype)
-                 for key, x in zip(keys, batch["x0"])]
+                 for key, x in zip(keys, frames)]
         t = torch.tensor([key % self.diffusion.num_timesteps for key in keys])
-        kind = next(self.model.parameters()).dtype
-        batch = {name: v.to(kind) if v.is_floating_point() else v for name, v in batch.items()}
-        return real_losses(self, network, batch, t, torch.stack(draws).to(kind))
+        kind = next(self.network.parameters()).dtype
+        masks = batch.obs_mask.to(kind), batch.latent_mask.to(kind)
+        batch = type(batch)(frames.to(kind), *masks, batch.frame_indices)
+        return real_losses(self, batch, t, torch.stack(draws).to(kind))
 
     def wrap(model):
         if DOUBLE:
@@ -233,8 +235,8 @@ SAME_ITEMS = """
             torch.save([param.grad for param in self.params.values()], f"{dist_util.world_size()}.pt")
         self.step += 1
 
-    real_losses, real_wrap = Loop._losses, dist_util.wrap_ddp
-    Loop._losses, Loop._update, dist_util.wrap_ddp = losses, save, wrap
+    real_losses, real_wrap = TrainStep.losses, dist_util.wrap_ddp
+    TrainStep.losses, TrainStep._update, dist_util.wrap_ddp = losses, save, wrap
     Loop.finished = property(lambda self: self.step > 0)
 """
 

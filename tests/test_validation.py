@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
+from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.script_util import create_diffusion
 from improved_diffusion.training import signals, validation
 from train_runs import assert_same_run, column, flags, make_loop, make_videos, train
@@ -19,11 +21,12 @@ def videos(tmp_path, monkeypatch):
 
 def item(num_obs=1, num_latent=3):
     roles = torch.arange(num_obs + num_latent).reshape(1, -1, 1, 1, 1)
-    return {
-        "x0": torch.rand(1, num_obs + num_latent, 3, 8, 8) * 2 - 1,
-        "obs_mask": (roles < num_obs).float(),
-        "latent_mask": (roles >= num_obs).float(),
-    }
+    return FrameBatch(
+        frames=torch.rand(1, num_obs + num_latent, 3, 8, 8) * 2 - 1,
+        obs_mask=(roles < num_obs).float(),
+        latent_mask=(roles >= num_obs).float(),
+        frame_indices=torch.arange(num_obs + num_latent)[None],
+    )
 
 
 def toy(x, timesteps, **kwargs):
@@ -51,15 +54,15 @@ def test_strata_cover_all_timesteps_once(num_timesteps):
 def test_bits_per_dim_of_two_timesteps_is_the_whole_bound():
     diffusion = create_diffusion(DiffusionConfig(diffusion_steps=2, noise_schedule="cosine"))
     sample, generator = item(), make_generator(5)
-    x0, mask = sample["x0"], sample["latent_mask"]
-    estimate = validation.bits_per_dim(diffusion, toy, sample, make_generator(5))
+    x0, mask = sample.frames, sample.latent_mask
+    estimate = validation.bits_per_dim(Denoiser(toy, diffusion), sample, make_generator(5))
     expected = diffusion.prior_bpd(x0, mask)
     for step in (0, 1):  # the strata {0} and {1}: nothing is left to chance but the noise
         torch.randint(step, step + 1, (), generator=generator)
     for step in (0, 1):
         t = torch.tensor([step])
         x_t = diffusion.q_sample(x0, t, randn(x0.shape, generator))
-        term = diffusion.vb_terms_bpd(toy, x0, x_t, t, latent_mask=mask, model_kwargs=sample)
+        term = diffusion.vb_terms_bpd(toy, x0, x_t, t, latent_mask=mask)
         expected = expected + term["output"]
     assert estimate == pytest.approx(float(expected) * 4 / 3, rel=1e-6)
 
@@ -70,15 +73,15 @@ def test_bits_per_dim_is_unbiased():
     whole = [
         diffusion.calc_bpd_loop(
             toy,
-            sample["x0"],
-            latent_mask=sample["latent_mask"],
-            model_kwargs=sample,
+            sample.frames,
+            latent_mask=sample.latent_mask,
             generator=make_generator(1, i),
         )["total_bpd"].item() * 4 / 3
         for i in range(20)
     ]  # fmt: skip
     estimates = [
-        validation.bits_per_dim(diffusion, toy, sample, make_generator(2, i)) for i in range(300)
+        validation.bits_per_dim(Denoiser(toy, diffusion), sample, make_generator(2, i))
+        for i in range(300)
     ]
     error = np.hypot(np.std(estimates) / len(estimates) ** 0.5, np.std(whole) / len(whole) ** 0.5)
     assert error < 0.02 * np.mean(whole)
@@ -86,14 +89,15 @@ def test_bits_per_dim_is_unbiased():
 
 
 def test_padding_is_taken_out_and_frames_are_ordered():
-    sample = {
-        "obs_mask": torch.tensor([1.0, 0, 0, 0]).reshape(1, 4, 1, 1, 1),
-        "latent_mask": torch.tensor([0, 1.0, 1, 0]).reshape(1, 4, 1, 1, 1),
-        "frame_indices": torch.tensor([[5, 2, 9, 7]]),
-    }
-    real = validation.without_padding(sample)
-    assert real["frame_indices"].tolist() == [[2, 5, 9]]
-    assert real["obs_mask"].flatten().tolist() == [0, 1, 0]
+    sample = FrameBatch(
+        frames=torch.zeros(1, 4, 3, 2, 2),
+        obs_mask=torch.tensor([1.0, 0, 0, 0]).reshape(1, 4, 1, 1, 1),
+        latent_mask=torch.tensor([0, 1.0, 1, 0]).reshape(1, 4, 1, 1, 1),
+        frame_indices=torch.tensor([[5, 2, 9, 7]]),
+    )
+    real = sample.without_padding()
+    assert real.frame_indices.tolist() == [[2, 5, 9]]
+    assert real.obs_mask.flatten().tolist() == [0, 1, 0]
 
 
 def test_measuring_is_logged_at_its_interval_repeats_itself_and_changes_nothing(videos):

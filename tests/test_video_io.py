@@ -6,6 +6,7 @@ import torch
 
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.data import video_io
+from improved_diffusion.data.frame_batch import to_uint8
 from improved_diffusion.data.video_io import frame_count, open_video, read_video, write_video
 
 T, SIZE = 40, 64
@@ -288,16 +289,16 @@ def test_missing_files_and_unknown_formats_are_refused(tmp_path):
 def test_values_are_rounded_and_clipped():
     values = np.arange(256)
     exact = values / 127.5 - 1
-    np.testing.assert_array_equal(video_io.to_uint8(exact), values)
-    np.testing.assert_array_equal(video_io.to_uint8(exact + 0.49 / 127.5), values)
-    np.testing.assert_array_equal(video_io.to_uint8(exact - 0.49 / 127.5), values)
+    np.testing.assert_array_equal(to_uint8(exact), values)
+    np.testing.assert_array_equal(to_uint8(exact + 0.49 / 127.5), values)
+    np.testing.assert_array_equal(to_uint8(exact - 0.49 / 127.5), values)
     x = torch.tensor([-7.0, 7.0], dtype=torch.bfloat16, requires_grad=True)
-    np.testing.assert_array_equal(video_io.to_uint8(x), np.array([0, 255], np.uint8))
+    np.testing.assert_array_equal(to_uint8(x), np.array([0, 255], np.uint8))
 
 
 def test_frames_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="NaN"):
-        video_io.to_uint8(torch.tensor([0.0, float("nan")]))
+        to_uint8(torch.tensor([0.0, float("nan")]))
 
 
 def test_the_centre_is_cropped_and_resized_without_aliasing():

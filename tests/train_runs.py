@@ -68,17 +68,14 @@ def make_loop(dataset: str, model_options: dict | None = None, **options) -> tra
     if train.valid_interval:
         spec = dataset_spec(dataset, image_size=32)
         valid_data = held_out_items(spec, train, None)
+    short = dataclasses.replace(diffusion_config, timestep_respacing="2")
     return train_util.TrainLoop(
         create_model(model_config),
         create_diffusion(diffusion_config),
         data,
         train,
         run=open_run(train, stored),
-        stored_config=stored,
-        sample_diffusion=create_diffusion(
-            dataclasses.replace(diffusion_config, timestep_respacing="2")
-        ),
-        valid_data=valid_data,
+        measures=train_util.Measures(create_diffusion(short), valid_data),
     )
 
 
@@ -116,9 +113,10 @@ def rank_script(folder: Path, body: str) -> str:
         "import functools, os, signal, sys, time, torch\n"
         f"sys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(ROOT / 'tests')!r}]\n"
         "import video_train\n"
-        "from improved_diffusion import dist_util, resample, train_util\n"
+        "from improved_diffusion import dist_util, registry, train_util\n"
+        "from improved_diffusion.training.train_step import TrainStep\n"
         "from improved_diffusion.script_util import run_main\n"
-        "Loop, update = train_util.TrainLoop, train_util.TrainLoop._update\n"
+        "Loop, update = train_util.TrainLoop, TrainStep._update\n"
         + textwrap.dedent(body)
         + "\nrun_main(video_train.main)\n"
     )

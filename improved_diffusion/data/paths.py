@@ -201,12 +201,16 @@ def inference_mode_str(
     *,
     optimal: bool = False,
     prefix: str = "",
-    sweeps: int | None = None,
+    options: str = "",
 ) -> str:
-    """`[<prefix>]<mode>[_sweeps<n>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`."""
-    sweeps_str = "" if sweeps is None else f"_sweeps{sweeps}"
+    """`[<prefix>]<mode>[<options>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`.
+
+    options: the strategy's own, as its `folder_suffix` names them.
+    """
     optimal_str = "_optimal" if optimal else ""
-    return f"{prefix}{mode}{sweeps_str}{optimal_str}_{max_frames}_{step_size}_{video_length}_{obs_length}"
+    return (
+        f"{prefix}{mode}{options}{optimal_str}_{max_frames}_{step_size}_{video_length}_{obs_length}"
+    )
 
 
 def sample_name(video: int, sample: int) -> str:

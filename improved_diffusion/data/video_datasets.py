@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -242,7 +243,7 @@ def get_test_dataset(
     T: int | None = None,
     image_size: int | None = None,
     partition: str = "test",
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> VideoTestSet:
     """The videos of one partition of a data set, from their first frame on.
 

@@ -25,7 +25,7 @@ import numpy as np
 from improved_diffusion.data.paths import atomic_write
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 RED = (255, 0, 0)
 
@@ -332,17 +332,6 @@ READERS: dict[str, Callable[[Path], OpenVideo]] = {
 
 
 # ---------------------------------------------------------------- frames
-
-
-def to_uint8(x: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Round values in [-1, 1] (any shape; beyond is clipped) to uint8 in [0, 255].
-
-    Raises ValueError for values that are not finite.
-    """
-    array = x if isinstance(x, np.ndarray) else x.detach().float().cpu().numpy()
-    if not np.isfinite(array).all():
-        raise ValueError("frames hold NaN or infinity: the weights or the sampler diverged")
-    return np.clip(np.rint((array + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def centre_crop_resize(frames: np.ndarray, size: int) -> np.ndarray:

@@ -47,10 +47,10 @@ from improved_diffusion.script_util import (
 
 logger = logging.getLogger(__name__)
 
-# The options that a bound depends on: they must not differ within one folder.
+# The options that a bound depends on, beside the strategy's own: they must not differ within one folder.
 DECISIVE = (
     "checkpoint_step dataset dataset_partition T max_frames inference_mode step_size obs_length "
-    "optimal distance timestep_respacing seed"
+    "optimal timestep_respacing seed"
 ).split()
 
 
@@ -266,7 +266,8 @@ def _check_config(settings: SampleSettings) -> None:
     Raises ValueError naming the first option that differs.
     """
     eval_dir = EvalDir(settings.eval_dir)
-    values = {name: value for name, value in settings.stored().items() if name in DECISIVE}
+    decisive = (*DECISIVE, *vars(settings.options.strategy_options))
+    values = {name: value for name, value in settings.stored().items() if name in decisive}
     path = eval_dir.path / "elbo_config.json"
     if not path.exists():
         write_json(path, values)
@@ -274,7 +275,7 @@ def _check_config(settings: SampleSettings) -> None:
             write_json(eval_dir.model_config_path, settings.model_config)
         return
     before = read_json(path)
-    for name in DECISIVE:
+    for name in decisive:
         if before.get(name) != values[name]:
             raise ValueError(
                 f"{eval_dir.path / 'elbos'} holds bounds made with {name} {before.get(name)}, not "

@@ -104,7 +104,8 @@ class Scoring:
         Raises ValueError for fewer than two.
         """
         other = "train" if self.partition == "test" else "test"
-        videos = get_test_dataset(self.truth.files.spec, T=self.T, partition=other)
+        files = self.truth.files
+        videos = get_test_dataset(files.spec, T=self.T, partition=other, cache_dir=files.cache_dir)
         order = choose_videos(len(videos), indices=None, subset_size=len(videos))
         chosen: list[int] = []
         for video in order:

@@ -103,3 +103,7 @@ def _frames(frames: Any, device: str) -> Tensor:
             f"{MIN_IMAGE_SIZE} pixels, not {list(frames.shape)}: leave lpips out"
         )
     return frames
+
+
+# What an adaptive strategy may ask for by name: squared distances of the vectors are its distance.
+EMBEDDINGS = {"lpips": lpips_embedding}

@@ -187,7 +187,7 @@ def _denoising_error(
 ) -> DenoisingError:
     options = settings.options
     spec = stored_dataset(settings.dataset, settings.model_config)
-    train_set = get_test_dataset(spec, T=settings.T, partition="train")
+    train_set = get_test_dataset(spec, T=settings.T, partition="train", cache_dir=options.cache_dir)
     number = min(search.num_videos, len(train_set))
     videos = [
         train_set.read(index, range(settings.T))

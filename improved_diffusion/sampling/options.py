@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from improved_diffusion.config import check_choices, check_positive, option
+from improved_diffusion.config import (
+    check_choices,
+    check_positive,
+    fill_options,
+    option,
+    owned_options,
+)
+from improved_diffusion.registry import SAMPLERS, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -14,7 +22,7 @@ class SampleConfig:
     checkpoint_path: str = field(
         metadata={"help": "model or EMA checkpoint file", "positional": True}
     )
-    inference_mode: str = field(metadata={"help": "inference strategy (required), see README.md"})
+    inference_mode: str = option(help="inference strategy (required), one of", choices=STRATEGIES)
     step_size: int = option(1, "frames to sample in each inference step")
     obs_length: int = option(36, "frames observed at the start of the video")
     max_frames: int | None = option(
@@ -28,9 +36,7 @@ class SampleConfig:
         None, "replaces results/<run>/<checkpoint> (default: from the path)"
     )
     use_ddim: bool = option(False, "sample with DDIM")
-    sampler: str = option(
-        "", "way of sampling (default: ddpm)", choices=("", "ddpm", "ddim", "dpmpp2m", "heun")
-    )
+    sampler: str = option("", "way of sampling (default: ddpm)", choices=SAMPLERS)
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
@@ -50,10 +56,7 @@ class SampleConfig:
     override_dataset: str = option("", "sample another data set than the model was trained on")
     cache_dir: str | None = option(None, "copy test videos here on first use, and read them here")
     obs_video: str = option("", "observe the start of this video file instead of a test video")
-    gibbs_sweeps: int = option(1, "gibbs: sweeps over the video after the first pass")
-    distance: str = option(
-        "lpips", "adaptive strategies: distance between frames", choices=("lpips", "l2")
-    )
+    strategy_options: Any = owned_options(STRATEGIES, chosen_by="inference_mode")
     status: bool = option(False, "print what is missing, sample nothing", flag=True)
     just_visualise: bool = option(
         False, "draw the schedule to a PNG file, sample nothing", flag=True
@@ -62,6 +65,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         check_positive(self, "step_size", "num_samples", "batch_size")
         if self.subset_size is not None and self.indices is not None:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
@@ -91,6 +95,25 @@ class SampleConfig:
         return (
             name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
         )
+
+
+_NAMES_THE_FOLDER = (
+    "as the samples will be made that --optimal of video_sample.py makes; the search only takes from "
+    "it the name of the folder in which they will look for the schedule"
+)
+
+
+@dataclass(frozen=True)
+class SearchedConfig(SampleConfig):
+    """The sampling run that an optimal schedule is searched for (optimal_schedule.py)."""
+
+    use_ddim: bool = option(False, _NAMES_THE_FOLDER)
+    sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLERS)
+    eta: float = option(0.0, _NAMES_THE_FOLDER)
+    timestep_respacing: str = option("", _NAMES_THE_FOLDER)
+    cache_dir: str | None = option(
+        None, "copy training videos here on first use, and read them here"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,68 @@
-"""Ways from noise to frames. All have one signature and keep observed frames as they are.
+"""Ways from noise to frames. Each goes through all timesteps that the denoiser's process keeps.
 
-ddpm and ddim are steps of the diffusion process itself; dpmpp2m and heun solve its probability flow
-with fewer network calls. They go through the timesteps that the process keeps (--timestep_respacing).
+All have one signature: (denoiser, batch, *, generator, noise, eta) -> frames like batch.frames, the
+latent ones sampled and the others untouched.
+    generator: where noise comes from: a CPU generator, or one per video.
+    noise: standard normals like batch.frames to start from (None: drawn).
+    eta: of ddim alone.
+
+ddpm and ddim step through the diffusion process itself; dpmpp2m and heun solve its probability flow
+with fewer network calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import Generators, randn
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
+from improved_diffusion.sampling.denoiser import Denoiser
 
 
 def ddpm(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    shape: tuple[int, ...],
+    denoiser: Denoiser,
+    batch: FrameBatch,
     *,
-    eta: float,
-    **options: Any,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
-    """Ancestral sampling, DDPM (arXiv 2006.11239) Algorithm 2; has no eta."""
-    return diffusion.p_sample_loop(model, shape, **options)
+    """Ancestral sampling, DDPM (arXiv 2006.11239) Algorithm 2."""
+    x = _start(batch, generator, noise)
+    for t in denoiser.diffusion.countdown(1, batch.device):
+        xstart, log_variance = denoiser.predict(x, t, batch)
+        fresh = randn(x.shape, generator, x.device)
+        x = denoiser.diffusion.ancestral_step(x, t, xstart, log_variance, fresh)
+    return _finish(batch, x)
 
 
 def ddim(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    shape: tuple[int, ...],
+    denoiser: Denoiser,
+    batch: FrameBatch,
     *,
-    eta: float,
-    **options: Any,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502) Eq. 12, with noise eta * sigma."""
-    return diffusion.ddim_sample_loop(model, shape, eta=eta, **options)
+    x = _start(batch, generator, noise)
+    for t in denoiser.diffusion.countdown(1, batch.device):
+        xstart = denoiser.denoise(x, t, batch)
+        x = denoiser.diffusion.ddim_step(x, t, xstart, eta=eta, generator=generator)
+    return _finish(batch, x)
 
 
 def dpmpp2m(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    shape: tuple[int, ...],
+    denoiser: Denoiser,
+    batch: FrameBatch,
     *,
-    eta: float,
-    **options: Any,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095) Algorithm 2: one network call per step.
 
@@ -55,108 +70,84 @@ def dpmpp2m(
     overshoots where steps grow in log(sigma), as they do at the end of evenly spaced timesteps;
     the order of convergence stays 2.
     """
-    flow = ProbabilityFlow(diffusion, model, shape, **options)
-    x, previous, previous_h = flow.start, None, 0.0
-    for step in flow.steps():
-        denoised = target = flow.denoise(x, step)
-        h = flow.log_sigma[step] - flow.log_sigma[step - 1] if step else np.inf
-        if previous is not None and step:
+    flow = ProbabilityFlow(denoiser, batch)
+    x = flow.start(_start(batch, generator, noise))
+    previous, previous_h = None, 0.0
+    for i in flow.indices():
+        denoised = target = flow.denoise(x, i)
+        h = flow.log_sigma[i] - flow.log_sigma[i - 1] if i else np.inf
+        if previous is not None and i:
             # Linear in log(sigma), taken at the middle of the step.
             extrapolation = min(h, previous_h) / (2 * previous_h)
             target = (1 + extrapolation) * denoised - extrapolation * previous
         shrink = np.exp(-h)  # sigma of the next step over that of this one
         x = shrink * x + (1 - shrink) * target
         previous, previous_h = denoised, h
-    return flow.finish(x)
+    return _finish(batch, x)
 
 
 def heun(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    shape: tuple[int, ...],
+    denoiser: Denoiser,
+    batch: FrameBatch,
     *,
-    eta: float,
-    **options: Any,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """EDM's second-order sampler (arXiv 2206.00364, Algorithm 1): two calls a step, one in the last.
 
     A step in which sigma shrinks many times over is too long for it: few timesteps of a cosine
     schedule are better given to `dpmpp2m`.
     """
-    flow = ProbabilityFlow(diffusion, model, shape, **options)
-    x = flow.start
-    for step in flow.steps():
-        slope = (x - flow.denoise(x, step)) / flow.sigma[step]
-        if step == 0:
+    flow = ProbabilityFlow(denoiser, batch)
+    x = flow.start(_start(batch, generator, noise))
+    for i in flow.indices():
+        slope = (x - flow.denoise(x, i)) / flow.sigma[i]
+        if i == 0:
             x = x - flow.sigma[0] * slope
             continue
-        change = flow.sigma[step - 1] - flow.sigma[step]
+        change = flow.sigma[i - 1] - flow.sigma[i]
         guess = x + change * slope
-        corrected = (guess - flow.denoise(guess, step - 1)) / flow.sigma[step - 1]
+        corrected = (guess - flow.denoise(guess, i - 1)) / flow.sigma[i - 1]
         x = x + change * 0.5 * (slope + corrected)
-    return flow.finish(x)
+    return _finish(batch, x)
 
 
 class ProbabilityFlow:
-    """The probability flow of a diffusion process, in coordinates x / sqrt(alpha_bar).
+    """The probability flow of a denoiser's process, in coordinates x / sqrt(alpha_bar).
 
     There noisy frames are clean ones plus noise of standard deviation
-    sigma_i = sqrt((1 - alpha_bar_i) / alpha_bar_i) (EDM, arXiv 2206.00364, section 4), and
-    `denoise` is the network's guess at the clean frames.
+    sigma_i = sqrt((1 - alpha_bar_i) / alpha_bar_i) (EDM, arXiv 2206.00364, section 4).
     """
 
-    def __init__(
-        self,
-        diffusion: GaussianDiffusion,
-        model: Model,
-        shape: tuple[int, ...],
-        *,
-        model_kwargs: dict[str, Any],
-        clip_denoised: bool = True,
-        noise: Tensor | None = None,
-        generator: Generators = None,
-        progress: bool = False,
-    ):
-        self.diffusion, self.model, self.progress = diffusion, model, progress
-        self.model_kwargs, self.clip_denoised = model_kwargs, clip_denoised
-        self.sqrt_bar = np.sqrt(diffusion.alphas_cumprod)
-        self.log_sigma = 0.5 * (
-            np.log1p(-diffusion.alphas_cumprod) - np.log(diffusion.alphas_cumprod)
-        )
+    def __init__(self, denoiser: Denoiser, batch: FrameBatch):
+        self.denoiser, self.batch = denoiser, batch
+        bar = denoiser.diffusion.alphas_cumprod
+        self.sqrt_bar = np.sqrt(bar)
+        self.log_sigma = 0.5 * (np.log1p(-bar) - np.log(bar))
         self.sigma = np.exp(self.log_sigma)
-        x0: Tensor = model_kwargs["x0"]
-        noise = randn(shape, generator, x0.device) if noise is None else noise.to(x0.device)
-        self.start = noise / self.sqrt_bar[-1]
 
-    def steps(self) -> Any:
-        """Indices of the kept timesteps, last to first."""
-        countdown: Any = range(self.diffusion.num_timesteps - 1, -1, -1)
-        if self.progress:
-            from tqdm import tqdm
+    def start(self, noise: Tensor) -> Tensor:
+        """Standard normals as frames of the last timestep."""
+        return noise / self.sqrt_bar[-1]
 
-            countdown = tqdm(countdown, leave=False)
-        return countdown
+    def indices(self) -> Iterator[int]:
+        """The process's timesteps, last to first."""
+        return iter(range(len(self.sigma) - 1, -1, -1))
 
-    def denoise(self, x: Tensor, step: int) -> Tensor:
-        """The predicted clean frames at noise level sigma[step]."""
-        t = torch.full((x.shape[0],), step, device=x.device, dtype=torch.int64)
-        out = self.diffusion.p_mean_variance(
-            self.model,
-            x * self.sqrt_bar[step],
-            t,
-            clip_denoised=self.clip_denoised,
-            model_kwargs=self.model_kwargs,
-        )
-        return out["pred_xstart"]
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Sampled latent frames beside the untouched other ones."""
-        return torch.where(self.model_kwargs["latent_mask"] > 0, x, self.model_kwargs["x0"])
+    def denoise(self, x: Tensor, i: int) -> Tensor:
+        """The predicted clean frames at noise level sigma[i]."""
+        t = torch.full((1,), i, device=x.device, dtype=torch.int64)
+        return self.denoiser.denoise(x * self.sqrt_bar[i], t, self.batch)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpmpp2m": dpmpp2m,
-    "heun": heun,
-}
+def _start(batch: FrameBatch, generator: Generators, noise: Tensor | None) -> Tensor:
+    """Standard normals like the batch's frames."""
+    if noise is not None:
+        return noise.to(batch.device)
+    return randn(batch.frames.shape, generator, batch.device)
+
+
+def _finish(batch: FrameBatch, x: Tensor) -> Tensor:
+    """Sampled latent frames beside the untouched other ones."""
+    return torch.where(batch.latent_mask > 0, x, batch.frames)

@@ -26,6 +26,7 @@ from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, to_uint8
 from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.samplers import SAMPLERS
@@ -95,15 +96,17 @@ class SampleSettings:
             max_frames=self.max_frames,
             step_size=self.options.step_size,
             optimal_schedule_path=schedule,
-            gibbs_sweeps=self.options.gibbs_sweeps,
-            distance=self.options.distance,
+            options=self.options.strategy_options,
             embed=self._embed,
         )
 
     def _embed(self, frames: np.ndarray) -> np.ndarray:
-        from improved_diffusion.sampling.lpips_util import lpips_embedding
+        """What the strategy asks for by name; its weights are read when frames are there."""
+        from improved_diffusion.sampling.lpips_util import EMBEDDINGS
 
-        return lpips_embedding(frames, device=default_device(self.options.device))
+        options = self.options
+        name = STRATEGIES[options.inference_mode].embedding(options.strategy_options)
+        return EMBEDDINGS[name](frames, device=default_device(options.device))
 
     @property
     def eval_dir(self) -> Path:
@@ -126,7 +129,7 @@ class SampleSettings:
             options.obs_length,
             optimal=options.optimal,
             prefix=prefix,
-            sweeps=options.gibbs_sweeps if options.inference_mode == "gibbs" else None,
+            options=STRATEGIES[options.inference_mode].folder_suffix(options.strategy_options),
         )
 
     def source(self) -> VideoTestSet | OneClip:
@@ -145,9 +148,12 @@ class SampleSettings:
         options = self.options
         kept = (
             "checkpoint_path inference_mode step_size obs_length optimal eta timestep_respacing "
-            "precision clip_denoised dataset_partition obs_video gibbs_sweeps distance seed"
+            "precision clip_denoised dataset_partition obs_video seed"
         )
-        return {name: getattr(options, name) for name in kept.split()} | {
+        strategy = STRATEGIES[options.inference_mode]
+        return {
+            **strategy.stored_options(options.strategy_options),
+            **{name: getattr(options, name) for name in kept.split()},
             "checkpoint_step": self.step,
             "dataset": self.dataset,
             "T": self.T,

@@ -31,12 +31,13 @@ class StudyConfig:
     num_videos: int = option(-1, "test videos to sample (-1: the preset's)")
     strategies: str = option(
         "autoreg,long-range,hierarchy-2,hierarchy-3,adaptive-hierarchy-2,independent",
-        "strategies to compare, comma list",
+        "strategies to compare",
+        nargs="+",
     )
     solver_steps: int = option(20, "steps of DPM-Solver++ 2M, which samples with all strategies")
     ddpm_steps: int = option(100, "steps of DDPM, to compare with")
     ddpm_strategies: str = option(
-        "autoreg,hierarchy-2", "strategies to sample with DDPM too, comma list (empty: none)"
+        "autoreg,hierarchy-2", "strategies to sample with DDPM too (empty: none)", nargs="+"
     )
     elbo_videos: int = option(4, "test videos to bound the likelihood of (0: none)")
     elbo_respacing: str = option("100", "timesteps of the chain that is bounded (empty: all)")
@@ -64,16 +65,17 @@ class BenchmarkConfig:
 
     sizes: str = option(
         "mazes_cwvae,minerl,carla_no_traffic",
-        "training commands whose sizes to measure, comma list; also small (32x32, 32 channels)",
+        "training commands whose sizes to measure; also small (32x32, 32 channels)",
+        nargs="+",
     )
     measure: str = option(
-        "forward,train,sampling,data,masks", "what to measure, comma list of these"
+        "forward,train,sampling,data,masks", "what to measure, of these", nargs="+"
     )
     batch_size: int | None = option(None, "videos in one call (default: 1; 8 for small)")
     max_frames: int | None = option(None, "frames of a video in one call (default: the size's)")
     image_size: int | None = option(None, "height and width (default: the size's)")
     num_channels: int | None = option(None, "channels of the outermost level (default: the size's)")
-    precision: str = option("fp32", "arithmetic of the network, comma list of fp32, bf16")
+    precision: str = option("fp32", "arithmetic of the network, of fp32, bf16", nargs="+")
     use_checkpoint: bool = option(
         False, "recompute activations in the backward pass to save memory", flag=True
     )

@@ -24,6 +24,7 @@ from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.evaluation.evaluate import DISTANCES, MODES
 from improved_diffusion.inference_utils import create_strategy
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.results import read_json, write_json
 from improved_diffusion.script_util import array_task
 from improved_diffusion.study.demo import run_script
@@ -71,9 +72,6 @@ def resolve(config: StudyConfig) -> StudyConfig:
             num_obs=config.obs_length,
             max_frames=config.max_frames,
             step_size=config.step_size,
-            gibbs_sweeps=1,
-            distance="l2",
-            embed=None,
         )
         if strategy.is_goal_directed or strategy.samples_frame_twice:
             raise ValueError(f"--strategies {mode}: does not sample every later frame, once each")
@@ -145,6 +143,7 @@ def reference(of: Sequence[Cell], cell: Cell) -> Cell:
 
 def eval_dir(config: StudyConfig, cell: Cell) -> Path:
     """The evaluation directory of one cell."""
+    strategy = STRATEGIES[cell.strategy]
     name = paths.inference_mode_str(
         cell.strategy,
         config.max_frames,
@@ -152,6 +151,7 @@ def eval_dir(config: StudyConfig, cell: Cell) -> Path:
         config.T,
         config.obs_length,
         optimal=cell.optimal,
+        options=strategy.folder_suffix(strategy.Options()),
     )
     return Path(config.out) / cell.folder / name
 

@@ -44,6 +44,7 @@ class Run:
 
     run_id: str
     folder: str
+    options: Mapping[str, Any]  # flat, as checkpoints hold them
     state: checkpoints.RunState | None = None
     weights: dict[str, Tensor] | None = None
     lock: run_lock.RunLock | None = None
@@ -86,7 +87,7 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     )
     if own is not None:
         return own
-    return Run(run_id, folder, checkpoints.load_set(source) if source else None)
+    return Run(run_id, folder, stored_config, checkpoints.load_set(source) if source else None)
 
 
 def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
@@ -99,19 +100,19 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     lock = run_lock.hold(folder)
     signals.before_leaving(run_lock.release_all)
     if weights is not None or not config.resume_id:
-        return Run(run_id, folder, weights=weights, lock=lock)
+        return Run(run_id, folder, stored_config, weights=weights, lock=lock)
     checkpoints.end_killed_saves(folder)
     state = checkpoints.load_newest(folder)
     if state is None:
         logger.info("%s holds no complete checkpoint: starting at step 0", folder)
-        return Run(run_id, folder, lock=lock)
+        return Run(run_id, folder, stored_config, lock=lock)
     _check_options(state.config, stored_config, folder)
     if any(key not in state.opt_state for key in OPTIMISER_KEYS):
         raise ValueError(
             f"{folder}: its opt_*.pt is another program's: "
             "start a new run from its weights with --resume_checkpoint"
         )
-    return Run(run_id, folder, state, lock=lock)
+    return Run(run_id, folder, stored_config, state, lock=lock)
 
 
 def _make_folder(folder: str) -> None:

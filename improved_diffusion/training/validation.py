@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from improved_diffusion.data import video_io
+from improved_diffusion.data.frame_batch import FrameBatch, to_uint8
 from improved_diffusion.data.rng_util import randn
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-
-Item = dict[str, Tensor]  # x0, frame_indices, obs_mask, latent_mask of one video: [1, K, ...]
-
-
-def without_padding(item: Item) -> Item:
-    """The observed and latent frames of an item, in the order of the video."""
-    real = (item["obs_mask"] + item["latent_mask"]).flatten() > 0
-    order = item["frame_indices"][0, real].argsort()
-    return {key: value[:, real][:, order] for key, value in item.items()}
+from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.samplers import ddim
 
 
 def stratified_timesteps(
@@ -40,37 +32,27 @@ def stratified_timesteps(
 
 
 @torch.no_grad()
-def bits_per_dim(
-    diffusion: GaussianDiffusion, model: Model, item: Item, generator: torch.Generator
-) -> float:
-    """An unbiased estimate of the bound on an item's latent frames, in bits per their dimension.
+def bits_per_dim(denoiser: Denoiser, batch: FrameBatch, generator: torch.Generator) -> float:
+    """An unbiased estimate of the bound on a video's latent frames, in bits per their dimension.
 
-    One network call per stratum of `stratified_timesteps` instead of one per timestep. The item
-    has no padding. Source: DDPM (arXiv 2006.11239) Eq. 5.
+    One network call per stratum of `stratified_timesteps` instead of one per timestep. The batch
+    is one video without padding. Source: DDPM (arXiv 2006.11239) Eq. 5.
     """
-    x0, mask = item["x0"], item["latent_mask"]
-    total = diffusion.prior_bpd(x0, mask)
-    steps, sizes = stratified_timesteps(diffusion.num_timesteps, generator)
-    for step, size in zip(steps, sizes, strict=True):
-        t = torch.tensor([step], device=x0.device)
-        x_t = diffusion.q_sample(x0, t, randn(x0.shape, generator, x0.device))
-        term = diffusion.vb_terms_bpd(model, x0, x_t, t, model_kwargs=item, latent_mask=mask)
-        total = total + size * term["output"]
-    return float(total / mask.mean())  # the terms are means over all frames given
-
-
-def draw_sample(
-    diffusion: GaussianDiffusion, model: Model, item: Item, generator: torch.Generator
-) -> np.ndarray:
-    """Sample the latent frames of an item: uint8 [frames, H, W, 3], observed ones with a border."""
-    item = without_padding(item)
-    sample = diffusion.ddim_sample_loop(
-        model,
-        item["x0"].shape,
-        model_kwargs=item,
-        latent_mask=item["latent_mask"],
-        generator=generator,
+    steps, sizes = stratified_timesteps(denoiser.diffusion.num_timesteps, generator)
+    bits = denoiser.bound(
+        batch,
+        torch.tensor(steps),
+        lambda t: randn(batch.frames.shape, generator, batch.device),
+        weights=torch.tensor(sizes),
     )
-    observed = item["obs_mask"].flatten().cpu().numpy() > 0
-    frames = video_io.add_border(video_io.to_uint8(sample[0].cpu()), observed)
+    return bits / float(batch.latent_mask.expand_as(batch.frames).sum())
+
+
+@torch.no_grad()
+def draw_sample(denoiser: Denoiser, batch: FrameBatch, generator: torch.Generator) -> np.ndarray:
+    """Sample one video's latent frames: uint8 [frames, H, W, 3], observed ones with a border."""
+    batch = batch.without_padding()
+    sample = ddim(denoiser, batch, generator=generator)
+    observed = batch.obs_mask.flatten().cpu().numpy() > 0
+    frames = video_io.add_border(to_uint8(sample[0]), observed)
     return frames.transpose(0, 2, 3, 1)
