@@ -22,9 +22,7 @@ from improved_diffusion.config import (
 from improved_diffusion.script_util import (
     add_arguments,
     config_from_args,
-    create_train_loop,
     parse_with_config,
-    resolve_train_options,
     run_main,
 )
 
@@ -57,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
+    from improved_diffusion.train_util import create_train_loop, resolve_train_options
     from improved_diffusion.training import run_lock
     from improved_diffusion.training.runs import describe_run
 
