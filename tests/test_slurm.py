@@ -159,7 +159,7 @@ def test_a_training_job_is_signalled_requeued_and_resumed_to_its_end(slurm, tmp_
     print(text)
     assert job_field(slurm, job, "JobState") == "COMPLETED", text
     assert job_field(slurm, job, "ExitCode") == "0:0", text
-    assert "USR1: finishing this step, then saving" in text and f"at step {saved}" in text
+    assert "SIGUSR1: " in text and f"at step {saved}" in text
     rows = [int(row["step"]) for row in csv.DictReader((run / "progress.csv").open())]
     assert rows == list(range(1, last + 1))
     assert not (run / "run.lock").exists() and not list(run.glob("*.tmp"))

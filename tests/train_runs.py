@@ -113,7 +113,7 @@ def rank_script(folder: Path, body: str) -> str:
         "import functools, os, signal, sys, time, torch\n"
         f"sys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(ROOT / 'tests')!r}]\n"
         "import video_train\n"
-        "from improved_diffusion import dist_util, registry, train_util\n"
+        "from improved_diffusion import dist_util, registry, resample, train_util\n"
         "from improved_diffusion.training.train_step import TrainStep\n"
         "from improved_diffusion.script_util import run_main\n"
         "Loop, update = train_util.TrainLoop, TrainStep._update\n"

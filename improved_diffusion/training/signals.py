@@ -41,6 +41,7 @@ class _State:
     received: int = 0
     received_at: float = 0.0
     at_once: bool = False
+    in_loop: bool = False
     before_leaving: Callable[[], object] = lambda: None
 
 
@@ -64,14 +65,15 @@ def watch() -> None:
 def deferred() -> Iterator[None]:
     """While a loop runs that looks at `received` itself; without `watch` handlers are put back."""
     _state.at_once = False
-    if _state.watcher == os.getpid():
-        yield
-        return
-    previous = _install()
+    watched = _state.watcher == os.getpid()
+    previous = {} if watched else _install()
+    _state.in_loop = True
     try:
         yield
     finally:
-        _state.watcher = _state.received = 0
+        _state.in_loop = False
+        if not watched:
+            _state.watcher = _state.received = 0
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -131,7 +133,7 @@ def _note(number: int, frame: Any) -> None:
     if number == signal.SIGINT and again:
         raise KeyboardInterrupt  # a second Ctrl-C: at once
     if not _state.received:
-        what = "leaving" if _state.at_once else "finishing this step, then saving"
+        what = "finishing this step, then saving" if _state.in_loop else "leaving"
         with contextlib.suppress(OSError):  # print could be in the middle of a line of its own
             os.write(2, f"{signal.Signals(number).name}: {what}\n".encode())
         _state.received_at = time.monotonic()
