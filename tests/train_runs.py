@@ -91,14 +91,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def train(
-    cwd: Path, *arguments: str, ranks: int = 0, script: str = SCRIPT, **options
+    cwd: Path,
+    *arguments: str,
+    ranks: int = 0,
+    script: str = SCRIPT,
+    variables: dict[str, str] | None = None,
+    **options,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command (`ranks` > 0: under mpiexec) in `cwd`; stdout and stderr as text."""
     launch = [MPIEXEC, "-n", str(ranks)] if ranks else []
     return subprocess.run(
         [*launch, sys.executable, script, *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment(**(variables or {})),
         capture_output=True,
         text=True,
         timeout=120,
