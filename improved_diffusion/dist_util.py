@@ -42,6 +42,9 @@ LAST_WORDS_S = 1.0
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMI_ID", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
+# Set by an mpiexec (MPICH's and Intel's, Open MPI's), and not by srun's PMI plug-ins.
+MPIEXEC_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_RANK")
+
 
 @dataclass
 class _World:
@@ -63,11 +66,21 @@ def launcher() -> str:
     """What started this process: "torchrun", "mpi", "srun", or "" for a plain process."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return "torchrun"
-    if any(name in os.environ for name in MPI_RANK_VARIABLES):
+    if any(name in os.environ for name in MPI_RANK_VARIABLES) and not _ranks_are_of_srun():
         return "mpi"
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         return "srun"
     return ""
+
+
+def _ranks_are_of_srun() -> bool:
+    """Whether MPI's rank variables repeat srun's own, as with MpiDefault=pmi2 or pmix."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" not in env or any(name in env for name in MPIEXEC_VARIABLES):
+        return False
+    ranks = {env[name] for name in MPI_RANK_VARIABLES if name in env}
+    sizes = {env.get("PMI_SIZE", env["SLURM_STEP_NUM_TASKS"])}
+    return ranks == {env.get("SLURM_PROCID")} and sizes == {env["SLURM_STEP_NUM_TASKS"]}
 
 
 def launch_command() -> str:
@@ -76,7 +89,7 @@ def launch_command() -> str:
     if kind == "mpi":
         return f"mpiexec -n {ranks} python"
     if kind == "srun":
-        return f"srun -n {ranks} --wait=5 python"
+        return f"srun --mpi=none -n {ranks} --wait=5 python"
     if kind == "torchrun":
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         nodes = "--standalone" if per_node == ranks else f"--nnodes={ranks // per_node}"
@@ -378,6 +391,19 @@ def cleanup() -> None:
             del module.process_group, module.reducer, module.logger
         torch.distributed.destroy_process_group()
     _world.__dict__.update(_World().__dict__)
+
+
+@contextlib.contextmanager
+def memory_errors_named(remedy: str) -> Iterator[None]:
+    """Turn running out of memory, the GPU's or the machine's, into one line with a remedy."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        kind = "GPU" if isinstance(error, torch.OutOfMemoryError) else "main"
+        first = str(error).strip().partition("\n")[0].partition(". GPU")[0]
+        raise ValueError(f"out of {kind} memory ({first}): try {remedy}") from None
 
 
 def abort(code: int) -> NoReturn:

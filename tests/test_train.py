@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from improved_diffusion import dist_util, fp16_util, train_util
+from improved_diffusion import dist_util, fp16_util
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints
 from improved_diffusion.nn import ema_decay, update_ema
+from improved_diffusion.training import signals
 from improved_diffusion.training.train_step import learning_rate
 from train_runs import (
     ROOT,
@@ -108,9 +109,7 @@ def test_a_mistake_ends_the_command_without_a_traceback(tmp_path):
 def test_help_explains_signals_and_exit_codes(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0
-    assert (
-        "SIGUSR1" in done.stdout and f"exit with code {train_util.EXIT_INTERRUPTED}" in done.stdout
-    )
+    assert "SIGUSR1" in done.stdout and f"exit with code {signals.EXIT_INTERRUPTED}" in done.stdout
 
 
 @pytest.mark.slow
@@ -199,7 +198,7 @@ def test_files_that_a_killed_save_left_are_removed_on_resuming(videos):
     mine = folder / ".hidden.tmp"
     for name in (".opt_000002.pt.ab_12x.tmp", "ema_0.99_latest.pt.77.tmp", mine.name):
         (folder / name).write_bytes(b"half")
-    make_loop(videos, resume_id="run")
+    make_loop(videos, resume_id="run").run.close()
     assert {path.name for path in folder.iterdir()} == before | {mine.name}
 
 
@@ -413,7 +412,7 @@ def test_weights_of_another_network_are_refused(videos):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", train_util.STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     loop = make_loop(videos, max_steps=0, save_interval=100)
     real = loop.train_step._update
@@ -445,7 +444,7 @@ def test_a_signal_to_the_whole_process_group_saves_and_exits_with_the_documented
     wait_for(tmp_path / "checkpoints" / "run" / "model_000002.pt", process)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == train_util.EXIT_INTERRUPTED, errors
+    assert process.returncode == signals.EXIT_INTERRUPTED, errors
     assert "to resume:" in errors and "Traceback" not in errors
 
 

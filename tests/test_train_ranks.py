@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from improved_diffusion import train_util
 from improved_diffusion.data import checkpoints
+from improved_diffusion.training import signals
 from train_runs import (
     MPIEXEC,
     SCRIPT,
@@ -85,7 +85,7 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
     )
     assert done.returncode == 0, done.stderr
     codes = [path.read_text() for path in tmp_path.glob("exit_*")]
-    assert codes == [str(train_util.EXIT_INTERRUPTED)] * 2
+    assert codes == [str(signals.EXIT_INTERRUPTED)] * 2
     assert "to resume: mpiexec -n 2 python" in done.stderr
     assert "parts, at step 2" in done.stderr
     assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
