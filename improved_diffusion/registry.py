@@ -107,6 +107,8 @@ SAMPLERS = Registry(
         "ddim": (f"{_HERE}.sampling.samplers:ddim", "deterministic, or with --eta"),
         "dpmpp2m": (f"{_HERE}.sampling.samplers:dpmpp2m", "DPM-Solver++ 2M, good in 20 steps"),
         "heun": (f"{_HERE}.sampling.samplers:heun", "EDM's second order, two calls a step"),
+    },
+)
 
 _STRATEGIES = f"{_HERE}.inference_utils"
 

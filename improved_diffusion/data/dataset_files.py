@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import bouncy_balls, dist_util
+from improved_diffusion import bouncy_balls, dist_util, ray_mazes
 from improved_diffusion.data import paths, video_io
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,17 @@ DATASETS: dict[str, DatasetSpec] = {
             32,
             how_to_make="make it with `python datasets/bouncy_balls.py`",
         ),
+        *(
+            DatasetSpec(
+                name,
+                Path(f"{name}_{ray_mazes.IMAGE_SIZE}"),
+                world.num_frames,
+                ray_mazes.IMAGE_SIZE,
+                ray_mazes.IMAGE_SIZE,
+                how_to_make="it is made on first use",
+            )
+            for name, world in ray_mazes.WORLDS.items()
+        ),
         DatasetSpec(
             "mazes_cwvae",
             Path("gqn_mazes-torch"),
@@ -202,6 +213,9 @@ def dataset_spec(
         if fps is not None or test_fraction is not None:
             raise ValueError(f"--fps and --test_fraction are for folders of videos, not for {name}")
         spec = DATASETS[name]
+        if name in ray_mazes.WORLDS and image_size is not None:  # rendered at any size
+            folder = Path(f"{name}_{image_size}")
+            spec = dataclasses.replace(spec, folder=folder, file_size=image_size)
         return dataclasses.replace(
             spec,
             T=video_io.subsampled_length(spec.T, frame_stride),
@@ -341,8 +355,8 @@ def _stamp(file: Path) -> tuple[int, int]:
 # ---------------------------------------------------------------- making and finding files
 
 
-def prepare_dataset(name: str) -> None:
-    """Make bouncy_balls on first use; see that any other data set is there.
+def prepare_dataset(name: str, image_size: int | None = None) -> None:
+    """Make bouncy_balls, colour_mazes or maze_laps on first use; see that any other set is there.
 
     Several processes may call this at once: one builds, the others wait.
 
@@ -350,10 +364,10 @@ def prepare_dataset(name: str) -> None:
     """
     if name not in DATASETS:
         return  # a folder of one's own: dataset_spec has looked at it
-    spec = DATASETS[name]
+    spec = dataset_spec(name, image_size=image_size)
     if spec.root.is_dir():
         return
-    if name != "bouncy_balls":
+    if name != "bouncy_balls" and name not in ray_mazes.WORLDS:
         raise FileNotFoundError(
             f"{spec.root}: the data set {name} is missing; {spec.how_to_make}, "
             "or set DATA_ROOT to the folder that holds datasets/ "
@@ -362,15 +376,19 @@ def prepare_dataset(name: str) -> None:
     spec.root.parent.mkdir(parents=True, exist_ok=True)
     with _file_lock(spec.root):
         if not spec.root.is_dir():
-            _build_bouncy_balls(spec.root)
+            _build(spec)
 
 
-def _build_bouncy_balls(root: Path) -> None:
+def _build(spec: DatasetSpec) -> None:
     """Build beside the final place and rename: the folder appears whole or not at all."""
-    logger.info("making the data set bouncy_balls in %s", root)
+    root = spec.root
+    logger.info("making the data set %s in %s", spec.name, root)
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
     try:
-        bouncy_balls.make_dataset(temporary)
+        if spec.name in ray_mazes.WORLDS:
+            ray_mazes.make_dataset(spec.name, temporary, size=spec.image_size)
+        else:
+            bouncy_balls.make_dataset(temporary)
         temporary.chmod(root.parent.stat().st_mode & 0o777)
         os.rename(temporary, root)
     except OSError:

@@ -132,7 +132,7 @@ def _resolve(name: str | DatasetSpec, image_size: int | None) -> DatasetSpec:
     else:
         spec = dataset_spec(name, image_size=image_size)
     if not spec.folder.is_absolute():
-        prepare_dataset(spec.name)
+        prepare_dataset(spec.name, spec.image_size)
     return spec
 
 
