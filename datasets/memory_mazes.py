@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from improved_diffusion import dist_util
-from improved_diffusion.data.dataset_files import DATASETS
 from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.registry import DATASETS
 from improved_diffusion.script_util import run_main
 
 logger = logging.getLogger(__name__)

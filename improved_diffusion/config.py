@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from improved_diffusion.registry import (
+    DATASETS,
     LOSS_WEIGHTINGS,
     MASK_DISTRIBUTIONS,
     NETWORKS,
@@ -29,7 +30,8 @@ def option(
 
     Without a default the flag is required. choices: names, or a registry, whose names and help are
     shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
-    `item_type`, or a text, which then is a comma list.
+    `item_type`, or a text, which then is a comma list; names_of=<registry> where other values than
+    its names are legal too.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 
@@ -57,8 +59,19 @@ class NoOptions:
 
 
 def option_groups(registry: Registry) -> list[type]:
-    """The `Options` classes of the things in `registry`, each once."""
-    return list(dict.fromkeys(getattr(thing, "Options", NoOptions) for thing in registry.values()))
+    """The `Options` classes of the things in `registry`, each once.
+
+    Raises ValueError where two of them mean different things by one name: it is one flag.
+    """
+    groups = list(dict.fromkeys(getattr(x, "Options", NoOptions) for x in registry.values()))
+    declared: dict[str, Any] = {}
+    for item in (item for group in groups for item in fields(group)):
+        meaning = item.type, item.default, dict(item.metadata)
+        if declared.setdefault(item.name, meaning) != meaning:
+            raise ValueError(
+                f"two of --{registry.flag} have an option {item.name} and differ in it: rename one"
+            )
+    return groups
 
 
 def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:
@@ -222,7 +235,9 @@ class DiffusionConfig:
 class TrainConfig:
     """The training run (train_util.py)."""
 
-    dataset: str = field(metadata={"help": "data set name, or a folder of videos (required)"})
+    dataset: str = option(
+        help="a folder of videos, or the name of a data set (required)", names_of=DATASETS
+    )
     T: int = option(-1, "frames of a training video, a random window of it (-1: the data set's)")
     batch_size: int = option(1, "videos per rank and step")
     microbatch: int = option(-1, "videos per forward and backward pass (-1: batch_size)")

@@ -378,3 +378,22 @@ def abort(code: int) -> NoReturn:
     if _world.started:
         os._exit(code)  # interpreter shutdown would wait for data workers and pending collectives
     sys.exit(code)
+
+
+def array_task() -> int | None:
+    """SLURM_ARRAY_TASK_ID, or None outside of array jobs; ValueError where it is no number."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return None
+    if not task.isdigit():
+        raise ValueError(
+            f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
+        )
+    return int(task)
+
+
+def default_device(name: str = "") -> str:
+    """`name`, or cuda where there is a GPU, else cpu."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -380,16 +380,16 @@ def make_video(
 def make_dataset(
     name: str,
     folder: Path,
+    image_size: int = IMAGE_SIZE,
+    *,
     num_train: int = 600,
     num_test: int = 100,
-    *,
-    size: int = IMAGE_SIZE,
     seed: int = 0,
     num_workers: int | None = None,
 ) -> None:
     """Write a world's videos and how they came about.
 
-    `<folder>/{train,test}/<i>.npy` are uint8 [T, size, size, 3];
+    `<folder>/{train,test}/<i>.npy` are uint8 [T, image_size, image_size, 3];
     `<folder>/poses/{train,test}/<i>.npy` hold the poses and `<folder>/maps/{train,test}/<i>.npz`
     `walls` and `period`, all as in Video.
 
@@ -402,7 +402,7 @@ def make_dataset(
     from tqdm import tqdm
 
     def make(key: tuple[str, int]) -> None:
-        _write_video(Path(folder), *key, make_video(name, *key, size=size, seed=seed))
+        _write_video(Path(folder), *key, make_video(name, *key, size=image_size, seed=seed))
 
     keys = [("train", i) for i in range(num_train)] + [("test", i) for i in range(num_test)]
     # Threads do: nearly all the time is spent in numpy, which lets the others run.

@@ -37,8 +37,12 @@ class Registry(MutableMapping[str, Any]):
         return thing
 
     def __setitem__(self, name: str, thing: Any) -> None:
-        """Add a thing, or put another in its place; its docstring's first line is its help."""
-        help_text = (getattr(thing, "__doc__", None) or "").strip().partition("\n")[0]
+        """Add a thing, or put another in its place.
+
+        Its help is its attribute `summary`, or else the first line of its docstring.
+        """
+        text = getattr(thing, "summary", None) or getattr(thing, "__doc__", None) or ""
+        help_text = text.strip().partition("\n")[0]
         self._entries[name] = thing, help_text
 
     def __delitem__(self, name: str) -> None:
@@ -155,5 +159,25 @@ STRATEGIES = Registry(
             "hierarchy-2 that observes the last five frames too",
         ),
         "gibbs": (f"{_STRATEGIES}:Gibbs", "autoreg, then sweeps over the video again"),
+    },
+)
+
+_SPECS = f"{_HERE}.data.dataset_specs"
+
+DATASETS = Registry(
+    "dataset",
+    {
+        "bouncy_balls": (f"{_SPECS}:BOUNCY_BALLS", "balls that collide, 32x32, made on first use"),
+        "colour_mazes": (f"{_SPECS}:COLOUR_MAZES", "walks through mazes, made on first use"),
+        "maze_laps": (f"{_SPECS}:MAZE_LAPS", "laps round rings of corridors, made on first use"),
+        "mazes_cwvae": (f"{_SPECS}:MAZES_CWVAE", "GQN-Mazes, 64x64, made by datasets/mazes.py"),
+        "minerl": (f"{_SPECS}:MINERL", "MineRL-Navigate, 64x64, made by datasets/minerl.py"),
+        "memory_mazes": (
+            f"{_SPECS}:MEMORY_MAZES",
+            "walks through mazes, 64x64, made by datasets/memory_mazes.py",
+        ),
+        "carla_no_traffic": (f"{_SPECS}:CARLA_NO_TRAFFIC", "drives in CARLA, 128x128"),
+        "carla_with_traffic": (f"{_SPECS}:CARLA_WITH_TRAFFIC", "the same among other cars"),
+        "carla_town02_no_traffic": (f"{_SPECS}:CARLA_TOWN02_NO_TRAFFIC", "the same in Town 2"),
     },
 )

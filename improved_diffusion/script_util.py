@@ -14,23 +14,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from improved_diffusion.config import (
-    DataConfig,
     DiffusionConfig,
     ModelConfig,
-    TrainConfig,
     defaults,
     from_options,
     option_groups,
 )
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
-    from improved_diffusion.data.checkpoints import WeightsFile
-    from improved_diffusion.data.dataset_files import DatasetSpec
     from improved_diffusion.respace import SpacedDiffusion
-    from improved_diffusion.train_util import TrainLoop
-    from improved_diffusion.unet import UNetVideoModel
+    from improved_diffusion.sampling.trained_model import TrainedModel
 
 Config = TypeVar("Config")
 
@@ -78,9 +73,18 @@ def add_arguments(
         for item in dataclasses.fields(group):
             if "owned_by" in item.metadata:
                 owned = option_groups(item.metadata["owned_by"])
+                _check_no_clash(group, owned)
                 add_arguments(parser, *owned, leave_out=leave_out)
             elif item.name not in {*leave_out, *(action.dest for action in parser._actions)}:
                 _add_argument(parser, item, hints[item.name])
+
+
+def _check_no_clash(group: type, owned: Sequence[type]) -> None:
+    """Raise ValueError where an owned option has the name of one of `group` itself."""
+    names = {item.name for item in dataclasses.fields(group)}
+    for item in (item for owner in owned for item in dataclasses.fields(owner)):
+        if item.name in names:
+            raise ValueError(f"--{item.name} is an option of {group.__name__} already: rename it")
 
 
 def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
@@ -90,8 +94,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     if not required and item.default not in (None, ""):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         help_text += f" [{shown}]"
-    if hasattr(choices, "help"):  # a registry: what its names are stands below
-        help_text += f"\n{choices.help()}"
+    names = meta.get("names_of", choices)
+    if hasattr(names, "help"):  # a registry: what its names are stands below
+        help_text += f"\n{names.help()}"
     options: dict[str, Any] = {"help": help_text.replace("%", "%%")}
     if meta.get("positional"):
         parser.add_argument(item.name, **options)
@@ -191,7 +196,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- published names
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -199,185 +204,24 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
     return defaults(ModelConfig, DiffusionConfig)
 
 
-def create_model_and_diffusion(**options: Any) -> tuple[UNetVideoModel, SpacedDiffusion]:
+def create_model_and_diffusion(**options: Any) -> tuple[nn.Module, SpacedDiffusion]:
     """The network and the diffusion process for options of `model_and_diffusion_defaults`.
 
     Raises ValueError for an unknown option or an illegal value. image_size must be given.
     """
+    from improved_diffusion.sampling.trained_model import create_diffusion, create_model
+
     unknown = sorted(set(options) - set(model_and_diffusion_defaults()))
     if unknown:
         raise ValueError(f"unknown model or diffusion option {', '.join(unknown)}")
-    return create_model(config_from_args(ModelConfig, options)), create_diffusion(
-        config_from_args(DiffusionConfig, options)
-    )
+    model, diffusion = (from_options(group, options) for group in (ModelConfig, DiffusionConfig))
+    return create_model(model), create_diffusion(diffusion)
 
 
-def create_model(config: ModelConfig) -> UNetVideoModel:
-    """The network of `config`, freshly initialised by torch's global generator."""
-    from improved_diffusion.unet import UNetVideoModel
+def load_model(path: str, device: str = "cpu") -> TrainedModel:
+    """A model or EMA checkpoint, ready to sample with; see `TrainedModel.load`."""
+    from improved_diffusion.sampling.trained_model import TrainedModel
 
-    return UNetVideoModel(config)
-
-
-def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
-    """The diffusion process of `config`, respaced as it says."""
-    from improved_diffusion.respace import SpacedDiffusion
-
-    return SpacedDiffusion(config)
-
-
-def resolve_train_options(
-    train: TrainConfig, data: DataConfig, model: ModelConfig
-) -> tuple[TrainConfig, ModelConfig, DatasetSpec]:
-    """The options with T and image_size as the data set has them, and the data set.
-
-    Raises ValueError or FileNotFoundError for an unknown or missing data set.
-    """
-    from improved_diffusion.data.dataset_files import dataset_spec
-
-    reading = {key: value for key, value in vars(data).items() if key != "cache_dir"}
-    spec = dataset_spec(train.dataset, image_size=model.image_size, **reading)
-    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
-    return train, dataclasses.replace(model, image_size=spec.image_size), spec
-
-
-def create_train_loop(
-    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
-) -> TrainLoop:
-    """The training loop of these options, at the start or where its run was left.
-
-    All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
-    """
-    import torch
-
-    from improved_diffusion.data.video_datasets import get_train_dataset
-    from improved_diffusion.train_util import Measures, TrainLoop
-    from improved_diffusion.training.runs import open_run, record_run
-    from improved_diffusion.training.train_data import held_out_items
-
-    train, model, spec = resolve_train_options(train, data, model)
-    items = get_train_dataset(
-        spec,
-        T=train.T,
-        max_frames=train.max_frames,
-        seed=train.seed,
-        pad_with_random_frames=train.pad_with_random_frames,
-        cache_dir=data.cache_dir,
-    )
-    valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
-    stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
-    process = create_diffusion(diffusion)
-    sample_steps = str(min(train.sample_steps, process.num_timesteps))
-    sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
-    torch.manual_seed(train.seed)
-    network = create_model(model)
-    run = open_run(train, stored)
-    record_run(run, stored)
-    return TrainLoop(
-        network,
-        process,
-        items,
-        train,
-        run=run,
-        measures=Measures(create_diffusion(sample_process), valid_items),
-    )
-
-
-def default_device(name: str = "") -> str:
-    """`name`, or cuda where there is a GPU, else cpu."""
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_model(path: str, device: str = "cpu") -> tuple[torch.nn.Module, dict[str, Any], int]:
-    """(network in eval mode, flat config, step) of a model or EMA checkpoint.
-
-    Half-precision weights are cast to float32. Raises FileNotFoundError or ValueError for a
-    missing, truncated or foreign file.
-    """
-    from improved_diffusion.data.checkpoints import load_weights
-
-    weights = load_weights(path)
-    return build_model(weights, path, device), weights.config, weights.step
-
-
-def build_model(
-    weights: WeightsFile, path: str, device: str, *, compile: bool = False
-) -> torch.nn.Module:
-    """The network of a checkpoint's config with its weights, in eval mode on `device`.
-
-    Raises ValueError naming `path` where the weights do not fit the config, and where `compile` asks
-    for a C++ compiler that is missing.
-    """
-    from improved_diffusion.nn import compile_network
-
-    config = weights.config | {"image_size": trained_image_size(weights.config)}
-    model = create_model(config_from_args(ModelConfig, config))
-    try:
-        model.load_state_dict(weights.state_dict)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        raise ValueError(
-            f"{path}: the weights do not fit the network of its config: {first}"
-        ) from None
-    model = model.to(device).eval()
-    return compile_network(model) if compile else model
-
-
-def trained_image_size(model_config: dict[str, Any]) -> int:
-    """Height and width of a checkpoint's frames: its option, or else the data set's."""
-    size = model_config.get("image_size")
-    if size is None:
-        size = stored_dataset(model_config.get("dataset", ""), model_config).image_size
-    return size
-
-
-def stored_dataset(name: str, model_config: dict[str, Any]) -> DatasetSpec:
-    """The data set `name` as a network of `model_config` reads it.
-
-    The training options on how to read videos hold for the data set that was trained on.
-    """
-    from improved_diffusion.data.dataset_files import dataset_spec
-
-    options: dict[str, Any] = {"image_size": model_config.get("image_size")}
-    if name == model_config.get("dataset"):
-        stored = defaults(DataConfig) | model_config
-        options |= {key: stored[key] for key in defaults(DataConfig) if key != "cache_dir"}
-    return dataset_spec(name, **options)
-
-
-def choose_videos(
-    num_videos: int, *, indices: Sequence[int] | None, subset_size: int | None
-) -> list[int]:
-    """The videos that --indices or --subset_size choose of a data set, in order.
-
-    `subset_size` takes the first of one fixed permutation, the same for every run. Raises
-    ValueError for an index or a size out of range.
-    """
-    import numpy as np
-
-    if indices is not None:
-        for index in indices:
-            if not 0 <= index < num_videos:
-                raise ValueError(
-                    f"--indices {index}: the data set has videos 0 to {num_videos - 1}"
-                )
-        return list(dict.fromkeys(indices))
-    if subset_size is not None:
-        if not 1 <= subset_size <= num_videos:
-            raise ValueError(f"--subset_size {subset_size}: the data set has {num_videos} videos")
-        return [int(i) for i in np.random.RandomState(0).permutation(num_videos)[:subset_size]]
-    return list(range(num_videos))
-
-
-def array_task() -> int | None:
-    """SLURM_ARRAY_TASK_ID, or None outside of array jobs; ValueError where it is no number."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if task is None:
-        return None
-    if not task.isdigit():
-        raise ValueError(
-            f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
-        )
-    return int(task)
+    model = TrainedModel.load(path, device)
+    model.network  # noqa: B018  built now, so that weights that do not fit are told here
+    return model

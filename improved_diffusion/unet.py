@@ -134,13 +134,15 @@ class Stage(nn.Sequential):
 class UNetVideoModel(nn.Module):
     """Predicts the noise (or the clean frames) of a set of frames, given observed ones.
 
-    Raises ValueError for an image size without a table of channels.
+    Raises ValueError for an image size that is not among `image_sizes`.
     """
+
+    image_sizes = tuple(CHANNEL_MULTIPLIERS)  # heights and widths of frames
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.image_size not in CHANNEL_MULTIPLIERS:
-            known = ", ".join(map(str, CHANNEL_MULTIPLIERS))
+        if config.image_size not in self.image_sizes:
+            known = ", ".join(map(str, self.image_sizes))
             raise ValueError(f"--image_size {config.image_size}: must be one of {known}")
         self.config = config
         channels = config.num_channels

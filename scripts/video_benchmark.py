@@ -18,7 +18,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(BenchmarkConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.study.benchmark import format_report, run_benchmark
+    from improved_diffusion.study.benchmark import run_benchmark
+    from improved_diffusion.study.benchmark_table import format_report
 
     print(format_report(run_benchmark(config)))
 

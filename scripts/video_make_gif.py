@@ -1,7 +1,6 @@
 """Write samples as videos to look at: <eval_dir>/videos/*.gif, observed frames with a red border."""
 
 import argparse
-import logging
 
 from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
@@ -17,8 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     config = config_from_args(GifConfig, create_argparser().parse_args(argv))
     from improved_diffusion.evaluation.gallery import make_gallery
 
-    files = make_gallery(config)
-    logging.getLogger(__name__).info("wrote %d files into %s", len(files), files[0].parent)
+    make_gallery(config)
 
 
 if __name__ == "__main__":

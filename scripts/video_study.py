@@ -1,10 +1,12 @@
 """Compare inference strategies on a small data set by the documented commands, one after the other.
 
-Steps that are done are skipped; --only spreads them over sittings and processes. Writes
+Commands that are done are skipped; --only spreads them over sittings and processes. Writes
 <out>/tables.md, the plots <out>/<sampler>.png, and an evaluation directory per strategy.
 """
 
 import argparse
+import functools
+from pathlib import Path
 
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 from improved_diffusion.study.options import StudyConfig
@@ -14,7 +16,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, StudyConfig)
     parser.add_argument(
-        "--only", nargs="+", default=[], help="steps whose names match one of these patterns"
+        "--only", nargs="+", default=[], help="commands whose names match one of these patterns"
     )
     parser.add_argument(
         "--list", action="store_true", help="print names, seconds and commands; run nothing"
@@ -31,9 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print(study.listing(config, args.only))
     else:
+        from improved_diffusion.study.commands import run_script
         from improved_diffusion.study.study_report import write_report
 
-        study.run(config, args.only)
+        run_here = functools.partial(run_script, Path(__file__).parent)
+        study.run(config, args.only, run_script=run_here)
         print(write_report(config))
 
 

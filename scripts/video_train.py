@@ -16,9 +16,7 @@ from improved_diffusion.config import (
 from improved_diffusion.script_util import (
     add_arguments,
     config_from_args,
-    create_train_loop,
     parse_with_config,
-    resolve_train_options,
     run_main,
 )
 
@@ -50,7 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
-    from improved_diffusion.train_util import EXIT_INTERRUPTED
+    from improved_diffusion.train_util import (
+        EXIT_INTERRUPTED,
+        create_train_loop,
+        resolve_train_options,
+    )
     from improved_diffusion.training.runs import describe_run
 
     dist_util.setup_dist()

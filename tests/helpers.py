@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 
 from golden_fill import weights
+from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from improved_diffusion.script_util import create_train_loop
+from improved_diffusion.train_util import create_train_loop
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,6 +26,14 @@ def run_script(name: str, *args: object, cwd: Path, env: dict[str, str] | None =
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def call_main(script: str, *words: object) -> None:
+    """Run the main of scripts/<script> in this process, with these words of the command line."""
+    try:
+        runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(word) for word in words])
+    finally:
+        dist_util.cleanup()  # a main that raises has not
 
 
 def make_folder_dataset(

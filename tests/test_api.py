@@ -12,8 +12,9 @@ from improved_diffusion.config import ModelConfig
 from improved_diffusion.data import paths
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import load_video
+from improved_diffusion.sampling.trained_model import create_model
 from improved_diffusion.sampling.video_sampling import sample_dataset, sample_video
-from improved_diffusion.script_util import config_from_args, create_model, load_model
+from improved_diffusion.script_util import config_from_args, load_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

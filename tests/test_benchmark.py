@@ -1,6 +1,5 @@
 """The benchmark counts right, steps as training does, and its table and its file say the same."""
 
-import copy
 import json
 import re
 import shlex
@@ -10,12 +9,14 @@ import pytest
 import torch
 
 from helpers import run_script
+from improved_diffusion import train_util
 from improved_diffusion.data.dataset_files import dataset_spec
-from improved_diffusion.study import benchmark, speed
-from improved_diffusion.study.benchmark import SIZES, Setting, Size, TrainStep
+from improved_diffusion.registry import SAMPLERS
+from improved_diffusion.study import benchmark, measures, speed
 from improved_diffusion.study.options import BenchmarkConfig
+from improved_diffusion.study.workload import SIZES, Size, Workload
+from improved_diffusion.training import train_step
 from test_readme import COMMANDS, load_script
-from train_runs import equal, make_loop, make_videos, wake_up
 
 CPU = torch.device("cpu")
 TINY = Size(32, T=5, num_channels=32, max_frames=2)
@@ -54,8 +55,8 @@ def test_a_convolution_counts_two_operations_per_product():
 
 def test_the_limit_is_that_of_the_largest_call_that_is_quick_enough(monkeypatch):
     monkeypatch.setattr(speed, "LIMIT_S", 1.0)
-    monkeypatch.setattr(speed, "count_gflop", lambda step: step())
-    monkeypatch.setattr(speed, "timed", lambda step, repeats: [step() ** 2 / 4])
+    monkeypatch.setattr(speed, "count_gflop", lambda call: call())
+    monkeypatch.setattr(speed, "timed", lambda call, repeats: [call() ** 2 / 4])
     assert speed._rate([lambda: 1.0, lambda: 4.0, lambda: 100.0]) == 4.0 / 4.0
     assert speed._rate([lambda: 1.0, lambda: 1.5]) == pytest.approx(1.5 / 0.5625)
 
@@ -72,32 +73,34 @@ def test_the_peak_starts_anew():
     assert speed.peak_memory_gb(CPU) < peak - 0.15
 
 
-def test_the_training_step_is_that_of_the_training_loop(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    loop = make_loop(make_videos(tmp_path / "videos"))
-    wake_up(loop.model)
-    model = copy.deepcopy(loop.model)
-    items = torch.utils.data.default_collate([loop.data[0, 0], loop.data[0, 1]])
-    for rate, ema in loop.emas.items():
-        loop.emas[rate] = {name: loop.params[name].detach().clone() for name in ema}
-    step = TrainStep(model, loop.diffusion, loop.config, items, CPU)
-    for _ in range(2):
-        assert loop.run_step(items)
-        step()
-    assert equal(dict(loop.model.state_dict()), dict(model.state_dict()))
-    assert equal(loop.emas, step.emas)
+def test_the_benchmark_times_the_update_of_the_training_loop(monkeypatch):
+    """Every timed call goes through the class that the loop makes its updates with."""
+    made = []
+    real = train_step.TrainStep.__call__
+
+    def counted(self, items, *args):
+        update = real(self, items, *args)
+        made.append(update.done)
+        return update
+
+    monkeypatch.setattr(train_step.TrainStep, "__call__", counted)
+    monkeypatch.setattr(measures.speed, "limits", lambda *_: (1.0, 1.0))
+    config = BenchmarkConfig(repeats=2)
+    (row,) = measures.measure_train(Workload("tiny", TINY, "fp32", CPU, config))
+    assert made == [True] * 4  # counted, warmed up, timed twice
+    assert row.gflop > 0 and row.seconds > 0
+    assert train_util.TrainStep is train_step.TrainStep
 
 
-@pytest.mark.parametrize("sampler", benchmark.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_call_the_network_as_often_as_the_scaling_says(sampler):
-    setting = Setting("tiny", TINY, "fp32", CPU, BenchmarkConfig())
-    model, diffusion = setting.build("4")
+    workload = Workload("tiny", TINY, "fp32", CPU, BenchmarkConfig())
+    model, diffusion = workload.build("4")
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    benchmark.sampling_step(setting, model, diffusion, sampler)()
-    assert len(calls) == benchmark.network_calls(sampler, 4)
-    assert sampler in benchmark.USUAL_STEPS
+    measures.sampling_call(workload, model, diffusion, sampler)()
+    assert len(calls) == measures.network_calls(sampler, 4)
+    assert sampler in measures.USUAL_TIMESTEPS
 
 
 def test_the_table_and_the_file_agree(tmp_path, monkeypatch, capsys):
@@ -108,7 +111,7 @@ def test_the_table_and_the_file_agree(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out.splitlines()
     report = json.loads(Path("b.json").read_text())
     rows = report["rows"]
-    kinds = ["forward", "training step", *[f"sampling {name}" for name in benchmark.SAMPLERS]]
+    kinds = ["forward", "training step", *[f"sampling {name}" for name in SAMPLERS]]
     by_kind = {row["what"].partition(",")[0]: row for row in rows}
     assert list(by_kind) == [*kinds, "data", "masks"]
     assert report["torch"] in table[0] and len(table) == 2 + len(rows)
@@ -154,8 +157,8 @@ def test_bf16_is_measured_beside_float32(tmp_path, monkeypatch):
 def test_equal_networks_share_their_rows_and_large_ones_are_left_out(tmp_path, monkeypatch):
     measured = []
 
-    def note(setting):
-        measured.append((setting.name, setting.size))
+    def note(workload):
+        measured.append((workload.name, workload.size))
         return []
 
     monkeypatch.setattr(benchmark, "NETWORK_MEASURES", {"forward": note, "train": note})
@@ -175,7 +178,7 @@ def test_compile_times_the_compiled_network(tmp_path, monkeypatch):
         compiled.append(model)
         return model
 
-    monkeypatch.setattr(benchmark, "compile_network", compile_network)
+    monkeypatch.setattr(measures, "compile_network", compile_network)
     config = BenchmarkConfig(
         "small", "forward", 1, 1, repeats=1, compile=True, out=str(tmp_path / "b")
     )
@@ -185,9 +188,9 @@ def test_compile_times_the_compiled_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 def test_data_items_have_the_size_of_the_training_command(tmp_path, suffix):
     size = Size(32, T=6, max_frames=3, suffix=suffix)
-    item = benchmark.make_data(tmp_path, size)[0, 0]
+    item = measures.make_data(tmp_path, size)[0, 0]
     assert item["frames"].shape == (3, 3, 32, 32)
-    batch = Setting("tiny", size, "fp32", CPU, BenchmarkConfig()).items()
+    batch = Workload("tiny", size, "fp32", CPU, BenchmarkConfig()).items()
     for key, value in item.items():
         assert batch[key].shape[1:] == value.shape and batch[key].dtype == value.dtype
 

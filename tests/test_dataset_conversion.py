@@ -12,8 +12,8 @@ from helpers import train_one_step
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.data import video_io
 from improved_diffusion.data.dataset_conversion import convert_release
-from improved_diffusion.data.dataset_files import DATASETS
 from improved_diffusion.data.video_datasets import get_test_dataset
+from improved_diffusion.registry import DATASETS
 
 SCRIPTS = Path(__file__).parents[1] / "datasets"
 T = 8

@@ -17,6 +17,7 @@ from improved_diffusion.evaluation import nll
 from improved_diffusion.evaluation.metric_tables import load_elbo
 from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.results import read_json
 from improved_diffusion.script_util import load_model
 
@@ -42,12 +43,13 @@ def nosy_model(x, timesteps, *, x0, obs_mask, latent_mask, frame_indices):
     return 0.5 * given + context + position - timesteps[:, None, None, None, None] / 1000
 
 
-def make_bound(model=nosy_model, *, batch_size=3, seed=0, **options) -> nll.Bound:
+def make_bound(model=nosy_model, *, batch_size=3, seed=0, **options) -> nll.StepBound:
     config = DiffusionConfig(diffusion_steps=12, noise_schedule="cosine", **options)
-    return nll.Bound(model, SpacedDiffusion(config), seed=seed, batch_size=batch_size, device="cpu")
+    denoiser = Denoiser(model, SpacedDiffusion(config))
+    return nll.StepBound(denoiser, seed=seed, batch_size=batch_size, device="cpu")
 
 
-def of_step(bound: nll.Bound, frames: np.ndarray, *, key=(5, 2), indices=(0, 3, 6, 7)) -> float:
+def of_step(bound: nll.StepBound, frames: np.ndarray, *, key=(5, 2), indices=(0, 3, 6, 7)) -> float:
     return bound(frames, list(indices), NUM_OBSERVED, key)
 
 
@@ -69,7 +71,7 @@ def test_the_bound_of_a_constant_prediction_is_its_closed_form(frames, respacing
     frames = (128 + (frames.astype(int) - 128) // 6).astype(np.uint8)  # not in the tails at t = 0
     bound = make_bound(zero_model, predict_xstart=True, timestep_respacing=respacing)
     x = frames[NUM_OBSERVED:].astype(np.float64) / 127.5 - 1
-    bar, beta = bound.diffusion.alphas_cumprod, bound.diffusion.betas
+    bar, beta = bound.denoiser.diffusion.alphas_cumprod, bound.denoiser.diffusion.betas
     assert len(bar) == steps
     nats = kl(np.sqrt(bar[-1]) * x, 1 - bar[-1], 0, 1).sum()
     for t in range(1, len(bar)):
@@ -100,7 +102,9 @@ def test_a_step_equals_the_published_loop_given_the_same_noise(frames, monkeypat
     mask[:, :NUM_OBSERVED] = 0
     indices = torch.tensor([[0, 3, 6, 7]])
     kwargs = {"x0": x0, "obs_mask": 1 - mask, "latent_mask": mask, "frame_indices": indices}
-    terms = bound.diffusion.calc_bpd_loop(nosy_model, x0, model_kwargs=kwargs, latent_mask=mask)
+    terms = bound.denoiser.diffusion.calc_bpd_loop(
+        nosy_model, x0, model_kwargs=kwargs, latent_mask=mask
+    )
     expected = float(terms["total_bpd"]) * x0.numel()
     assert not noises
     assert of_step(bound, frames) == pytest.approx(expected, rel=1e-5)
@@ -155,7 +159,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     return make_checkpoint(tmp_path / "checkpoints/abc/ema_0.9999_latest.pt", dataset)
 
 
-def bound_dataset(checkpoint: Path, **options) -> nll.Bounds:
+def bound_dataset(checkpoint: Path, **options) -> nll.VideoBounds:
     defaults = {
         "inference_mode": "autoreg",
         "step_size": 2,
@@ -165,7 +169,7 @@ def bound_dataset(checkpoint: Path, **options) -> nll.Bounds:
     return nll.bound_dataset(NllConfig(checkpoint_path=str(checkpoint), **(defaults | options)))
 
 
-def load(bounds: nll.Bounds, video: int) -> np.ndarray:
+def load(bounds: nll.VideoBounds, video: int) -> np.ndarray:
     return load_elbo(paths.elbo_path(bounds.eval_dir, video))
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from improved_diffusion import ray_mazes
-from improved_diffusion.data.dataset_files import DATASETS, dataset_spec, prepare_dataset
+from improved_diffusion.data.dataset_files import dataset_spec, prepare_dataset
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.ray_mazes import OPEN, Maze, Walk, make_dataset, make_video
+from improved_diffusion.registry import DATASETS
 
 WORLDS = ("colour_mazes", "maze_laps")
 # Of the bytes of video 0, training and test, at 32x32: every machine makes the same ones.
@@ -157,7 +158,7 @@ def test_a_larger_image_shows_the_same(laps):
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
     for workers in (1, 3):
         folder = tmp_path / str(workers)
-        make_dataset("maze_laps", folder, 3, 2, size=8, num_workers=workers)
+        make_dataset("maze_laps", folder, 8, num_train=3, num_test=2, num_workers=workers)
     one, three = (sorted(tmp_path.glob(f"{n}/**/*.np?")) for n in (1, 3))
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in three] and len(one) == 15
     assert np.load(tmp_path / "1/train/2.npy").shape == (240, 8, 8, 3)
@@ -178,34 +179,35 @@ def test_training_and_test_videos_have_seeds_of_their_own():
 
 @pytest.fixture
 def few_videos(tmp_path, monkeypatch):
-    """Data sets of three videos, below a folder of their own."""
-    original = ray_mazes.make_dataset
-    calls = []
+    """Data sets of three videos, below a folder of their own; the names of those that were made."""
+    make_video, made = ray_mazes.make_video, []
 
-    def make(name, folder, **options):
-        calls.append(name)
-        original(name, folder, 2, 1, **options)
+    def only_few(name, partition, index, **options):
+        made.append((name, options["size"]))
+        return make_video(name, partition, index, **options)
 
-    monkeypatch.setattr(ray_mazes, "make_dataset", make)
+    monkeypatch.setattr(ray_mazes, "make_video", only_few)
+    monkeypatch.setitem(make_dataset.__kwdefaults__, "num_train", 2)
+    monkeypatch.setitem(make_dataset.__kwdefaults__, "num_test", 1)
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    return calls
+    return made
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_worlds_are_made_on_first_use_at_the_size_that_is_wanted(few_videos, name):
     assert DATASETS[name].T == ray_mazes.WORLDS[name].num_frames
-    videos = get_test_dataset(name, T=5)
-    assert videos.read(0).shape == (5, 3, 32, 32)
-    assert get_test_dataset(name, T=5, image_size=64).read(0).shape == (5, 3, 64, 64)
-    assert dataset_spec(name, image_size=64).root.name == f"{name}_64"
-    assert few_videos == [name, name]
+    for size in (32, 64):
+        videos = get_test_dataset(name, T=5, image_size=size)
+        assert videos.read(0).shape == (5, 3, size, size)
+        assert dataset_spec(name, image_size=size).root.name == f"{name}_{size}"
+    assert few_videos == [(name, 32)] * 3 + [(name, 64)] * 3
 
 
 def test_one_of_several_makes_the_videos_and_the_others_wait(few_videos):
-    threads = [threading.Thread(target=prepare_dataset, args=("maze_laps",)) for _ in range(3)]
+    spec = dataset_spec("maze_laps")
+    threads = [threading.Thread(target=prepare_dataset, args=(spec,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert few_videos == ["maze_laps"]
-    assert len(list((dataset_spec("maze_laps").root / "train").iterdir())) == 2
+    assert len(few_videos) == 3 and len(list((spec.root / "train").iterdir())) == 2

@@ -1,16 +1,20 @@
 """A strategy's own options: from its class to flags, folder, stored config and embedding."""
 
 import json
-import runpy
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, call_main
 from improved_diffusion.config import option
-from improved_diffusion.inference_utils import InferenceStrategyBase, inference_strategies
+from improved_diffusion.inference_utils import (
+    Autoregressive,
+    InferenceStrategyBase,
+    inference_strategies,
+)
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling import lpips_util
 from improved_diffusion.sampling.options import SampleConfig
@@ -42,11 +46,6 @@ def sparse(monkeypatch):
     inference_strategies["sparse"] = Sparse
 
 
-def run_main(script, *words):
-    """The script's main in this process, with these words of the command line."""
-    runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(word) for word in words])
-
-
 def sample_words(checkpoint):  # noqa: F811
     sizes = "--step_size 2 --obs_length 4 --T 8 --device cpu"
     return (checkpoint, "--inference_mode", "sparse", *sizes.split())
@@ -55,7 +54,7 @@ def sample_words(checkpoint):  # noqa: F811
 @pytest.mark.parametrize("script", TOY_SCRIPTS)
 def test_a_registered_strategy_and_its_options_are_offered_by_help(sparse, script, capsys):
     with pytest.raises(SystemExit) as end:
-        run_main(script, "--help")
+        call_main(script, "--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert "sparse: Observe the last frame and the one so many before it." in shown
@@ -65,25 +64,38 @@ def test_a_registered_strategy_and_its_options_are_offered_by_help(sparse, scrip
 
 def test_its_options_reach_it_and_name_the_folder_and_are_stored(sparse, checkpoint):  # noqa: F811
     words = sample_words(checkpoint)
-    run_main("video_sample.py", *words, "--indices", 0, "--gap", 3, "--eval_dir", "out")
+    call_main("video_sample.py", *words, "--indices", 0, "--gap", 3, "--eval_dir", "out")
     folder = Path("out/sparse_gap3_4_2_8_4")
     stored = json.loads((folder / "sample_config.json").read_text())
     assert (stored["gap"], stored["order"]) == (3, "up")
     assert "gibbs_sweeps" not in stored and "distance" not in stored
-    run_main("video_nll.py", *words, "--indices", 0, "--gap", 3, "--eval_dir", "out")
+    call_main("video_nll.py", *words, "--indices", 0, "--gap", 3, "--eval_dir", "out")
     assert json.loads((folder / "elbo_config.json").read_text())["gap"] == 3
     assert len(np.load(folder / "elbos/elbo_0000.npy")) == 2
     with pytest.raises(ValueError, match="made with order up, not down"):
-        run_main("video_sample.py", *words, "--gap", 3, "--order", "down", "--eval_dir", "out")
+        call_main("video_sample.py", *words, "--gap", 3, "--order", "down", "--eval_dir", "out")
     with pytest.raises(ValueError, match="made with order up, not down"):
-        run_main("video_nll.py", *words, "--gap", 3, "--order", "down", "--eval_dir", "out")
+        call_main("video_nll.py", *words, "--gap", 3, "--order", "down", "--eval_dir", "out")
 
 
 def test_an_optimal_schedule_lies_where_the_options_say(sparse, checkpoint):  # noqa: F811
     words = sample_words(checkpoint)
     search = "--num_videos 1 --num_timesteps 1 --gap 1 --eval_dir out"
-    run_main("video_optimal_schedule.py", *words, *search.split())
+    call_main("video_optimal_schedule.py", *words, *search.split())
     assert Path("out/sparse_gap1_optimal_4_2_8_4/optimal_schedule.pt").is_file()
+
+
+def test_the_example_of_readme_runs_as_pasted(sparse, checkpoint):  # noqa: F811
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"```python\n(class Sparse.*?)```", readme, flags=re.S)[1]
+    scope = {"Autoregressive": Autoregressive, "dataclass": dataclass, "option": option}
+    exec(example, scope)
+    inference_strategies["sparse"] = scope["Sparse"]
+    gaps = "--gap 2 --indices 0 --eval_dir out"
+    call_main("video_sample.py", *sample_words(checkpoint), *gaps.split())
+    assert Path("out/sparse_gap2_4_2_8_4/samples/sample_0000-0.npy").is_file()
+    pasted = scope["Sparse"](12, 6, 6, 2, options=scope["Sparse"].Options(gap=2))
+    assert next(pasted) == ([3, 5], [6, 7])
 
 
 def test_a_mistake_names_the_option(sparse):
@@ -93,6 +105,17 @@ def test_a_mistake_names_the_option(sparse):
     ):
         with pytest.raises(ValueError, match=words):
             SampleConfig("x.pt", **{"inference_mode": "sparse"} | options)
+
+
+@pytest.mark.parametrize(
+    "name, words", [("gap", "two of --inference_mode have an option gap"), ("seed", "--seed is an")]
+)
+def test_one_flag_has_one_meaning(sparse, name, words):
+    field = option(9, "another meaning")
+    options = make_dataclass("Options", [(name, int, field)], frozen=True)
+    inference_strategies["other"] = type("Other", (Sparse,), {"Options": options})
+    with pytest.raises(ValueError, match=words):
+        call_main("video_sample.py", "--help")
 
 
 def test_options_of_other_strategies_are_not_kept(sparse):

@@ -4,18 +4,22 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import helpers
 from helpers import make_checkpoint
 from improved_diffusion.data import paths
 from improved_diffusion.evaluation.metric_tables import read_info, read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
+from improved_diffusion.study.commands import in_place_of, run_script
 from improved_diffusion.study.options import StudyConfig
-from improved_diffusion.study.study_report import Scores
+from improved_diffusion.study.study_report import CellTable
 from test_readme import load_script
 
 SIZES = {"obs_length": 4, "T": 10, "max_frames": 4, "step_size": 2, "num_videos": 2}
@@ -57,17 +61,17 @@ def config(tmp_path, monkeypatch) -> StudyConfig:
     )
 
 
+class Ran(list[str]):
+    """Runs scripts in this process, and lists which."""
+
+    def __call__(self, script: str, words: Sequence[str]) -> None:
+        self.append(script)
+        load_script(f"scripts/{script}").main(list(words))
+
+
 @pytest.fixture
-def ran(monkeypatch) -> list[str]:
-    """The scripts are run in this process; the list tells which."""
-    names = []
-
-    def run_here(name: str, options: str) -> None:
-        names.append(name)
-        load_script(f"scripts/{name}").main(shlex.split(options))
-
-    monkeypatch.setattr(study, "run_script", run_here)
-    return names
+def ran() -> Ran:
+    return Ran()
 
 
 # ---------------------------------------------------------------- the commands
@@ -75,17 +79,18 @@ def ran(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("dataset", study.PRESETS)
 def test_every_command_of_a_preset_parses(dataset):
-    steps = study.commands(study.resolve(StudyConfig(dataset=dataset)))
-    assert len({step.name for step in steps}) == len(steps)
-    for step in steps:
-        load_script(f"scripts/{step.script}").create_argparser().parse_args(step.options)
-        assert step.command == shlex.join(["python", f"scripts/{step.script}", *step.options])
+    commands = study.commands(study.resolve(StudyConfig(dataset=dataset)))
+    assert len({command.name for command in commands}) == len(commands)
+    for command in commands:
+        script = f"scripts/{command.script}"
+        load_script(script).create_argparser().parse_args(command.words)
+        assert command.line == shlex.join(["python", script, *command.words])
 
 
-def test_a_step_comes_after_what_it_needs_and_options_win_over_the_preset():
+def test_a_command_comes_after_what_it_needs_and_options_win_over_the_preset():
     config = study.resolve(StudyConfig(dataset="bouncy_balls", strategies="autoreg", T=60))
     assert (config.T, config.obs_length, config.out) == (60, 10, "results/study/bouncy_balls")
-    names = [step.name for step in study.commands(config)]
+    names = [command.name for command in study.commands(config)]
     chain = "schedule.autoreg sample.dpmpp2m_20.autoreg_optimal fvd.dpmpp2m_20.optimal".split()
     assert sorted(chain, key=names.index) == chain
     first = names.index("sample.dpmpp2m_20.autoreg")
@@ -112,7 +117,7 @@ def test_impossible_studies_are_refused(options, message):
 
 def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
     monkeypatch.setattr(study_report, "GAP_FRAMES", 2)
-    study.run(config)
+    study.run(config, run_script=ran)
     assert len(ran) == len(study.commands(config)) == 11
     report = study_report.write_report(config).read_text()
     for row in ("dpmpp2m_2 | autoreg", "dpmpp2m_2 | hierarchy-2", "ddpm_3 | autoreg"):
@@ -136,42 +141,42 @@ def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypa
     )
     assert float(row[1]) == pytest.approx(values[:, columns].mean(), rel=1e-3)
 
-    study.run(config)
+    study.run(config, run_script=ran)
     assert len(ran) == 11
 
 
-def test_only_chosen_steps_run_each_with_a_record_of_its_own(config, ran):
-    study.run(config, ["sample.*.autoreg"])
+def test_only_chosen_commands_run_each_with_a_record_of_its_own(config, ran):
+    study.run(config, ["sample.*.autoreg"], run_script=ran)
     assert ran == ["video_sample.py"] * 2
     records = sorted(path.name for path in Path(config.out, "steps").iterdir())
     assert records == ["sample.ddpm_3.autoreg.json", "sample.dpmpp2m_2.autoreg.json"]
     report = study_report.write_report(config).read_text()
     times = re.findall(r"\| autoreg \| - \| - \| - \| (\S+) \|", report)
     assert len(times) == 2 and all(float(seconds) >= 0 for seconds in times)
-    with pytest.raises(ValueError, match="--only 'sampel.*' matches no step"):
-        study.run(config, ["sampel.*"])
+    with pytest.raises(ValueError, match="--only 'sampel.*' matches no command"):
+        study.run(config, ["sampel.*"], run_script=ran)
 
 
-def test_a_step_without_its_result_runs_again_and_another_checkpoint_is_refused(config, ran):
+def test_a_command_without_its_result_runs_again_and_another_checkpoint_is_refused(config, ran):
     only = ["sample.dpmpp2m_2.autoreg"]
-    study.run(config, only)
+    study.run(config, only, run_script=ran)
     sample = paths.sample_path(study.eval_dir(config, study.cells(config)[0]), 0, 0).parent
     sample.rename(sample.with_name("moved"))
-    study.run(config, only)
+    study.run(config, only, run_script=ran)
     assert len(ran) == 2
     make_checkpoint(Path(config.checkpoint), "memory_mazes", lr=0.5)
     with pytest.raises(ValueError, match="another checkpoint .*: give another --out"):
-        study.run(config, only)
+        study.run(config, only, run_script=ran)
 
 
 def test_more_videos_add_to_the_time_of_those_that_are_there(config, ran):
     only, name = ["sample.dpmpp2m_2.autoreg"], "sample.dpmpp2m_2.autoreg"
-    study.run(dataclasses.replace(config, num_videos=1), only)
+    study.run(dataclasses.replace(config, num_videos=1), only, run_script=ran)
     path = Path(config.out, "steps", f"{name}.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": [1000.0]}))
-    study.run(config, only)
+    study.run(config, only, run_script=ran)
     assert len(ran) == 2
-    assert 500 < float(study.step_time(config, name, per=2)) < 560
+    assert 500 < float(study.command_time(config, name, per=2)) < 560
 
 
 def test_ddpm_is_compared_with_the_same_strategy_and_the_solver_with_its_first(config):
@@ -187,47 +192,73 @@ def test_samples_of_more_videos_are_refused(config, ran):
     for video in range(config.num_videos + 1):
         eval_dir.save_sample(video, 0, np.zeros((config.T, 3, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="samples of more than .* videos"):
-        study.run(config)
+        study.run(config, run_script=ran)
     assert not ran
 
 
-def test_the_time_of_all_sittings_of_a_step_counts(config, monkeypatch):
+def test_the_time_of_all_sittings_of_a_command_counts(config):
     name = "sample.dpmpp2m_2.autoreg"
-    result = study.chosen_steps(config, [name])[0].result
+    result = study.chosen_commands(config, [name])[0].result
 
     def fail(*_):
         raise ValueError("killed")
 
-    monkeypatch.setattr(study, "run_script", fail)
     with pytest.raises(ValueError, match="killed"):
-        study.run(config, [name])
-    assert study.step_time(config, name) == "-"
-    monkeypatch.setattr(study, "run_script", lambda *_: result.mkdir(parents=True))
-    study.run(config, [name])
+        study.run(config, [name], run_script=fail)
+    assert study.command_time(config, name) == "-"
+    study.run(config, [name], run_script=lambda *_: result.mkdir(parents=True))
     path = Path(config.out, "steps", f"{name}.json")
     record = json.loads(path.read_text())
     assert record["sittings"] == len(record["seconds"]) == 2
     # A process that is killed outright leaves a sitting without its time.
     path.write_text(json.dumps(record | {"sittings": 3, "seconds": [2.0, 4.0]}))
-    assert study.step_time(config, name, per=2) == ">3.0"
+    assert study.command_time(config, name, per=2) == ">3.0"
 
 
 def test_the_wrong_surroundings_are_refused(config, ran, monkeypatch):
     make_checkpoint(Path(config.checkpoint), "bouncy_balls")
     with pytest.raises(ValueError, match="trained on bouncy_balls, not on memory_mazes"):
-        study.run(config)
+        study.run(config, run_script=ran)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID"):
-        study.run(config)
+        study.run(config, run_script=ran)
     assert not ran
 
 
-def test_the_script_lists_steps_and_runs_none(config, ran, capsys):
+def test_the_script_lists_commands_and_runs_none(config, capsys):
     arguments = ["memory_mazes", "--checkpoint", config.checkpoint, "--list", "--only", "gif.ddpm*"]
     load_script("scripts/video_study.py").main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines] == [["gif.ddpm_100", "-", "python"]]
-    assert not ran
+    assert not Path("results").exists()
+
+
+def test_the_script_runs_a_command_in_a_process_of_its_own(config):
+    only = ["--only", "sample.ddpm*"]
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    arguments = ["memory_mazes", "--checkpoint", config.checkpoint, "--out", "study", *sizes]
+    options = ["--strategies", "autoreg", "--ddpm_strategies", "autoreg", "--ddpm_steps", "2"]
+    done = helpers.run_script("video_study.py", *arguments, *options, *only, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert "$ python scripts/video_sample.py checkpoints/run" in done.stderr
+    assert len(list(Path("study/ddpm_2").glob("autoreg*/samples/*.npy"))) == SIZES["num_videos"]
+
+
+def test_a_block_in_place_of_a_script_shows_and_records_its_command(caplog):
+    caplog.set_level("INFO")
+    before = list(sys.argv)
+    with pytest.raises(KeyError), in_place_of("video_plot.py", ["--eval_dir", "a b"]):
+        assert sys.argv == ["scripts/video_plot.py", "--eval_dir", "a b"]
+        raise KeyError
+    assert sys.argv == before
+    assert "$ python scripts/video_plot.py --eval_dir 'a b'" in caplog.text
+
+
+def test_a_script_that_fails_is_named(config, capfd):
+    folder = helpers.ROOT / "scripts"
+    with pytest.raises(ValueError, match="scripts/video_plot.py ended with exit code 1"):
+        run_script(folder, "video_plot.py", ["--eval_dir", "nowhere"])
+    assert "video_plot.py: error: nowhere holds no metrics" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- classes of frames
@@ -272,9 +303,9 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
         "metrics": {"fvd": {"mean": 7.0, "standard_error": None, "floor": {"value": 5, "n": 2}}}
     }
     scores = {
-        cells[0]: Scores({"psnr": first, "fvd": np.array([7.0])}, info),
-        cells[1]: Scores({"psnr": second}, {}),
-        cells[2]: Scores({"psnr": second}, {}),
+        cells[0]: CellTable({"psnr": first, "fvd": np.array([7.0])}, info),
+        cells[1]: CellTable({"psnr": second}, {}),
+        cells[2]: CellTable({"psnr": second}, {}),
     }
     lines = study_report.score_table(
         study.resolve(StudyConfig("memory_mazes", modes=("psnr", "fvd"))), scores

@@ -8,7 +8,7 @@ from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.sampling.denoiser import Denoiser
-from improved_diffusion.script_util import create_diffusion
+from improved_diffusion.sampling.trained_model import create_diffusion
 from improved_diffusion.training import validation
 from train_runs import assert_same_run, column, flags, make_loop, make_videos, train
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 import train_runs
 from improved_diffusion import bouncy_balls
 from improved_diffusion.data import video_io
-from improved_diffusion.data.dataset_files import VideoFiles, sorted_files
+from improved_diffusion.data.dataset_files import VideoFiles
+from improved_diffusion.data.dataset_specs import sorted_files
 from improved_diffusion.data.video_datasets import (
     DATASETS,
     ShardedSampler,
@@ -94,7 +95,7 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 def test_an_impossible_image_size_is_refused():
     with pytest.raises(ValueError, match=r"--image_size 48: choose one of \(32, 64, 128, 256\)"):
-        dataset_spec("minerl", image_size=48)
+        dataset_spec("minerl", image_size=48, image_sizes=(32, 64, 128, 256))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +371,7 @@ def prepare_in(folder, log):
         time.sleep(0.5)
 
     bouncy_balls.make_dataset = slow
-    prepare_dataset("bouncy_balls")
+    prepare_dataset(DATASETS["bouncy_balls"])
     assert len(list(DATASETS["bouncy_balls"].root.rglob("*.npy"))) == 3
 
 
@@ -400,7 +401,7 @@ def test_where_locks_do_not_work_the_first_to_finish_wins(in_tmp, small_balls, m
         build(folder)
 
     monkeypatch.setattr(bouncy_balls, "make_dataset", overtaken)
-    prepare_dataset("bouncy_balls")
+    prepare_dataset(DATASETS["bouncy_balls"])
     assert len(list(root.rglob("*.npy"))) == 5
     assert [p.name for p in root.parent.iterdir() if p.name.endswith(".tmp")] == []
 
@@ -411,7 +412,7 @@ def test_a_build_that_cannot_be_put_in_place_says_so(in_tmp, small_balls, monkey
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(PermissionError, match="no renaming here"):
-        prepare_dataset("bouncy_balls")
+        prepare_dataset(DATASETS["bouncy_balls"])
 
 
 def test_an_interrupted_build_leaves_nothing(in_tmp, monkeypatch):
@@ -421,7 +422,7 @@ def test_an_interrupted_build_leaves_nothing(in_tmp, monkeypatch):
 
     monkeypatch.setattr(bouncy_balls, "make_dataset", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare_dataset("bouncy_balls")
+        prepare_dataset(DATASETS["bouncy_balls"])
     assert [p.name for p in (in_tmp / "datasets").iterdir() if not p.name.endswith(".lock")] == []
 
 

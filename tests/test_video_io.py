@@ -7,7 +7,7 @@ import torch
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.data import video_io
 from improved_diffusion.data.frame_batch import to_uint8
-from improved_diffusion.data.video_io import frame_count, open_video, read_video, write_video
+from improved_diffusion.data.video_io import open_video, read_video, write_video
 
 T, SIZE = 40, 64
 
@@ -63,7 +63,7 @@ def test_a_video_comes_back(tmp_path, video, suffix):
     path = save(tmp_path / f"0{suffix}", video)
     frames = read_video(path)
     assert frames.dtype == np.uint8 and frames.shape == video.shape
-    assert frame_count(path) == T
+    assert open_video(path).shape[0] == T
     if suffix in LOSSLESS:
         np.testing.assert_array_equal(frames, video)
     # Every frame resembles itself more than its neighbours.
@@ -132,9 +132,9 @@ def test_no_more_than_the_chosen_frames_comes_from_the_disk(tmp_path, suffix):
 
 def test_a_file_that_changed_is_indexed_again(tmp_path, video):
     path = save(tmp_path / "0.mp4", video)
-    assert frame_count(path) == T
+    assert open_video(path).shape[0] == T
     save(path, video[:10])
-    assert frame_count(path) == 10
+    assert open_video(path).shape[0] == 10
 
 
 @pytest.mark.parametrize("index", [-1, T])
@@ -199,7 +199,7 @@ def test_an_mp4_whose_header_is_whole_but_frames_are_missing_is_refused(tmp_path
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    assert frame_count(path) == T
+    assert open_video(path).shape[0] == T
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(ValueError, match=r"0\.mp4: broken .mp4 file \(truncated: \d+ of 40 frames"):
         read_video(path)

@@ -134,9 +134,10 @@ def test_ddim_is_deterministic_given_its_first_noise(checkpoint):
     """With eta 0 only the start is random: the noise of the later steps must not matter."""
     import torch
 
+    from improved_diffusion.config import DiffusionConfig
     from improved_diffusion.data.rng_util import make_generator
-    from improved_diffusion.sampling.video_sampling import DiffusionConfig
-    from improved_diffusion.script_util import create_diffusion, load_model
+    from improved_diffusion.sampling.trained_model import create_diffusion
+    from improved_diffusion.script_util import load_model
 
     model, config, _ = load_model(str(checkpoint))
     diffusion = create_diffusion(DiffusionConfig(diffusion_steps=3, noise_schedule="cosine"))

@@ -18,7 +18,7 @@ from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.data import checkpoints
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.video_datasets import get_train_dataset
-from improved_diffusion.script_util import create_diffusion, create_model
+from improved_diffusion.sampling.trained_model import create_diffusion, create_model
 from improved_diffusion.training.runs import open_run
 from improved_diffusion.training.train_data import held_out_items
 

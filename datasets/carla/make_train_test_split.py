@@ -15,7 +15,7 @@ def write_split(folder: Path) -> None:
 
     Raises FileNotFoundError for a missing folder, ValueError where no training video would be left.
     """
-    from improved_diffusion.data.dataset_files import sorted_files
+    from improved_diffusion.data.dataset_specs import sorted_files
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give that of the video_<n>.pt files")

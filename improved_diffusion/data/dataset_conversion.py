@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from improved_diffusion.data import video_io
-from improved_diffusion.data.dataset_files import DATASETS, sorted_files
+from improved_diffusion.data.dataset_specs import sorted_files
 from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
 

@@ -1,244 +1,84 @@
-"""Which data sets there are, where their files lie, how missing ones are made. No torch here."""
+"""The files of a data set: found, measured, made where they are missing, read. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
-import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from improved_diffusion import bouncy_balls, dist_util, ray_mazes
+from improved_diffusion import dist_util
+from improved_diffusion.config import DataConfig
 from improved_diffusion.data import paths, video_io
+from improved_diffusion.data.dataset_specs import DatasetSpec, FrameRate, list_split, sorted_files
+from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SIZES = (32, 64, 128, 256)  # the sizes that unet.py has a network for
-CSV_LINE = re.compile(r"\d+,(.+)")
 
-
-# ---------------------------------------------------------------- which data sets there are
-
-
-def _list_partition_folder(folder: Path, partition: str) -> list[Path]:
-    """`<folder>/<partition>/*`, whatever the format."""
-    if not (folder / partition).is_dir():
-        raise FileNotFoundError(f"{folder / partition}: no such folder; put the videos there")
-    return _videos_in(folder / partition)
-
-
-def _videos_in(folder: Path) -> list[Path]:
-    """Its files of any format that can be read, in order; hidden ones do not count."""
-    return sorted_files(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in video_io.READERS and not path.name.startswith(".")
-    )
-
-
-def _list_csv(folder: Path, partition: str) -> list[Path]:
-    """The files that `<folder>/video_<partition>.csv` names; of each path the file name counts."""
-    csv = folder / f"video_{partition}.csv"
-    if not csv.is_file():
-        raise FileNotFoundError(
-            f"{csv}: no such file; write it with "
-            f"`python datasets/carla/make_train_test_split.py --dir {folder}`"
-        )
-    lines = csv.read_text().splitlines()[1:]
-    matches = [CSV_LINE.fullmatch(line.strip()) for line in lines if line.strip()]
-    if None in matches:
-        raise ValueError(f"{csv}: line {matches.index(None) + 2} is not `<number>,<path>`")
-    return [folder / Path(match[1]).name for match in matches if match is not None]
-
-
-def _list_split(test_fraction: float, folder: Path, partition: str) -> list[Path]:
-    """The share of `<folder>/*` whose names have the lowest hashes for testing, else the rest."""
-    files = sorted(_videos_in(folder), key=lambda p: hashlib.sha256(p.name.encode()).digest())
-    num_test = math.ceil(test_fraction * len(files) - 1e-9)
-    return files[:num_test] if partition == "test" else files[num_test:]
-
-
-@dataclass(frozen=True)
-class FrameRate:
-    """Which frames of a file count: one in `stride`, or `fps` per second of the file's time."""
-
-    stride: int = 1
-    fps: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
-            raise ValueError("--frame_stride must be at least 1, --fps above 0")
-        if self.stride > 1 and self.fps is not None:
-            raise ValueError("--frame_stride and --fps exclude each other: choose one")
-
-    def step(self, path: Path, file_fps: float | None) -> float:
-        """Frames of the file from one frame to the next, at least 1.
-
-        Raises ValueError where the file has no frame rate or a lower one.
-        """
-        if self.fps is None:
-            return self.stride
-        if file_fps is None:
-            raise ValueError(f"{path}: has no frame rate: use --frame_stride instead of --fps")
-        if file_fps < self.fps * (1 - 1e-6):
-            raise ValueError(f"{path}: has {file_fps:g} frames a second, below --fps {self.fps:g}")
-        return max(1.0, file_fps / self.fps)
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """One data set.
-
-    For a folder of one's own `name` is the last part of its path.
-    """
-
-    name: str
-    folder: Path  # holds the videos; for the named sets relative to datasets/
-    T: int  # frames of a video; the shortest one's where they differ
-    image_size: int  # frames are given at this size
-    file_size: int | None  # frames in the files have this size (None: any size)
-    list_files: Callable[[Path, str], list[Path]] = _list_partition_folder
-    how_to_make: str = ""
-    frame_rate: FrameRate = FrameRate()
-    skip_broken: bool = False  # leave out training videos that are broken or too short
-
-    @property
-    def root(self) -> Path:
-        """The folder on disk; DATA_ROOT counts for the named sets alone."""
-        return self.folder if self.folder.is_absolute() else paths.dataset_dir(str(self.folder))
-
-
-DATASETS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec(
-            "bouncy_balls",
-            Path("bouncing_balls_100"),
-            bouncy_balls.NUM_FRAMES,
-            32,
-            32,
-            how_to_make="make it with `python datasets/bouncy_balls.py`",
-        ),
-        *(
-            DatasetSpec(
-                name,
-                Path(f"{name}_{ray_mazes.IMAGE_SIZE}"),
-                world.num_frames,
-                ray_mazes.IMAGE_SIZE,
-                ray_mazes.IMAGE_SIZE,
-                how_to_make="it is made on first use",
-            )
-            for name, world in ray_mazes.WORLDS.items()
-        ),
-        DatasetSpec(
-            "mazes_cwvae",
-            Path("gqn_mazes-torch"),
-            300,
-            64,
-            64,
-            how_to_make="make it with `python datasets/mazes.py`",
-        ),
-        DatasetSpec(
-            "minerl",
-            Path("minerl_navigate-torch"),
-            500,
-            64,
-            64,
-            how_to_make="make it with `python datasets/minerl.py`",
-        ),
-        DatasetSpec(
-            "memory_mazes",
-            Path("memory_mazes"),
-            300,
-            64,
-            64,
-            how_to_make="make it with `python datasets/memory_mazes.py`",
-        ),
-        *(
-            DatasetSpec(
-                f"carla_{name.replace('-', '_')}",
-                Path("carla") / name,
-                1000,
-                128,
-                128,
-                _list_csv,
-                how_to_make="download it as datasets/README.md says",
-            )
-            for name in ("no-traffic", "with-traffic", "town02-no-traffic")
-        ),
-    )
-}
+# ---------------------------------------------------------------- the data set that is asked for
 
 
 def dataset_spec(
     name: str,
     *,
     image_size: int | None = None,
-    frame_stride: int = 1,
-    fps: float | None = None,
-    test_fraction: float | None = None,
-    skip_broken: bool = False,
+    image_sizes: Collection[int] | None = None,
+    **reading: Any,
 ) -> DatasetSpec:
-    """The data set of a name in DATASETS, or of a folder with train/ and test/.
+    """The data set of a name in DATASETS, or of a folder of videos, as it is to be read.
 
     Args:
         name: the name or the folder's path. A named set's videos are not looked at.
         image_size: scale the frames to this size (None: the size of the files).
-        frame_stride: take one frame in so many.
-        fps: take so many frames per second of the files' time.
-        test_fraction: the videos lie in the folder itself; this share of them, in [0, 1], is
-            for testing (None: they lie in train/ and test/).
-        skip_broken: leave out training videos that are broken or too short, with a warning.
+        image_sizes: the sizes that the network can have (None: any).
+        reading: fields of `config.DataConfig`; cache_dir plays no part.
 
     Raises ValueError for an unknown name, impossible options, a folder with broken videos (all of
     them are named) or one whose videos differ in size or are not square while no image size is
     given.
     """
-    if image_size is not None and image_size not in IMAGE_SIZES:
-        raise ValueError(f"--image_size {image_size}: choose one of {IMAGE_SIZES}")
-    rate = FrameRate(frame_stride, fps)
+    if image_size is not None and image_sizes is not None and image_size not in image_sizes:
+        raise ValueError(f"--image_size {image_size}: choose one of {tuple(image_sizes)}")
+    data = DataConfig(**reading)
+    rate = FrameRate(data.frame_stride, data.fps)
     if name in DATASETS:
-        if fps is not None or test_fraction is not None:
+        if data.fps is not None or data.test_fraction is not None:
             raise ValueError(f"--fps and --test_fraction are for folders of videos, not for {name}")
-        spec = DATASETS[name]
-        if name in ray_mazes.WORLDS and image_size is not None:  # rendered at any size
-            folder = Path(f"{name}_{image_size}")
-            spec = dataclasses.replace(spec, folder=folder, file_size=image_size)
-        return dataclasses.replace(
-            spec,
-            T=video_io.subsampled_length(spec.T, frame_stride),
-            image_size=image_size or spec.image_size,
-            frame_rate=rate,
-            skip_broken=skip_broken,
-        )
+        spec = DATASETS[name].at_size(image_size)
+        T = video_io.subsampled_length(spec.T, data.frame_stride)
+    else:
+        spec, T = _own_folder(name, data.test_fraction), 0
+    spec = dataclasses.replace(spec, T=T, frame_rate=rate, skip_broken=data.skip_broken)
+    return spec if name in DATASETS else _measure_folder(spec, image_size, image_sizes)
+
+
+def _own_folder(name: str, test_fraction: float | None) -> DatasetSpec:
+    """The data set in a folder of one's own, before its videos are looked at."""
     if not name or not Path(name).is_dir():
         names = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {name!r}: choose {names} or a folder of videos")
     folder = Path(name).resolve()
-    list_files = _list_partition_folder
-    if test_fraction is not None:
-        if not 0 <= test_fraction <= 1:
-            raise ValueError(f"--test_fraction {test_fraction}: must be in [0, 1]")
-        list_files = functools.partial(_list_split, test_fraction)
-    spec = DatasetSpec(
-        folder.name, folder, 0, 0, None, list_files, frame_rate=rate, skip_broken=skip_broken
-    )
-    return _measure_folder(spec, image_size)
+    if test_fraction is None:
+        return DatasetSpec(folder.name, folder, 0, 0, None)
+    if not 0 <= test_fraction <= 1:
+        raise ValueError(f"--test_fraction {test_fraction}: must be in [0, 1]")
+    list_files = functools.partial(list_split, test_fraction)
+    return DatasetSpec(folder.name, folder, 0, 0, None, list_files)
 
 
-def _measure_folder(spec: DatasetSpec, image_size: int | None) -> DatasetSpec:
+def _measure_folder(
+    spec: DatasetSpec, image_size: int | None, image_sizes: Collection[int] | None
+) -> DatasetSpec:
     """`spec` with the T and the image size of the videos in a folder of one's own."""
     shapes: dict[Path, tuple[int, int, int]] = {}
     faults: list[str] = []
@@ -259,24 +99,19 @@ def _measure_folder(spec: DatasetSpec, image_size: int | None) -> DatasetSpec:
     if image_size is None:
         sizes = {shape[1:] for shape in shapes.values()}
         height, width = min(sizes)
-        if len(sizes) > 1 or height != width or height not in IMAGE_SIZES:
+        fits = image_sizes is None or height in image_sizes
+        if len(sizes) > 1 or height != width or not fits:
+            legal = "" if image_sizes is None else f", one of {tuple(image_sizes)}"
             raise ValueError(
                 f"{spec.root}: has videos of {height}x{width}"
-                f"{' and other sizes' * (len(sizes) > 1)}: give --image_size, one of {IMAGE_SIZES}"
+                f"{' and other sizes' * (len(sizes) > 1)}: give --image_size{legal}"
             )
         image_size = height
     shortest = min(shape[0] for shape in shapes.values())
     return dataclasses.replace(spec, T=shortest, image_size=image_size)
 
 
-def sorted_files(files: Iterable[Path]) -> list[Path]:
-    """By the last number in the name, then by name; names without a number come last."""
-
-    def key(path: Path) -> tuple[float, str]:
-        numbers = re.findall(r"\d+", path.stem)
-        return (int(numbers[-1]) if numbers else float("inf"), path.name)
-
-    return sorted(files, key=key)
+# ---------------------------------------------------------------- what the headers say
 
 
 def _unusable(spec: DatasetSpec, faults: list[str]) -> ValueError:
@@ -355,40 +190,34 @@ def _stamp(file: Path) -> tuple[int, int]:
 # ---------------------------------------------------------------- making and finding files
 
 
-def prepare_dataset(name: str, image_size: int | None = None) -> None:
-    """Make bouncy_balls, colour_mazes or maze_laps on first use; see that any other set is there.
+def prepare_dataset(spec: DatasetSpec) -> None:
+    """See that the data set is there; make it on first use where it can be made.
 
     Several processes may call this at once: one builds, the others wait.
 
     Raises FileNotFoundError that says how to make a missing data set.
     """
-    if name not in DATASETS:
-        return  # a folder of one's own: dataset_spec has looked at it
-    spec = dataset_spec(name, image_size=image_size)
     if spec.root.is_dir():
         return
-    if name != "bouncy_balls" and name not in ray_mazes.WORLDS:
+    if spec.make is None:
         raise FileNotFoundError(
-            f"{spec.root}: the data set {name} is missing; {spec.how_to_make}, "
+            f"{spec.root}: the data set {spec.name} is missing; {spec.how_to_make}, "
             "or set DATA_ROOT to the folder that holds datasets/ "
             "(--cache_dir is for copying files to a faster disk on use)"
         )
     spec.root.parent.mkdir(parents=True, exist_ok=True)
     with _file_lock(spec.root):
         if not spec.root.is_dir():
-            _build(spec)
+            _build(spec, spec.make)
 
 
-def _build(spec: DatasetSpec) -> None:
+def _build(spec: DatasetSpec, make: Callable[[Path, int], None]) -> None:
     """Build beside the final place and rename: the folder appears whole or not at all."""
     root = spec.root
     logger.info("making the data set %s in %s", spec.name, root)
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
     try:
-        if spec.name in ray_mazes.WORLDS:
-            ray_mazes.make_dataset(spec.name, temporary, size=spec.image_size)
-        else:
-            bouncy_balls.make_dataset(temporary)
+        make(temporary, spec.image_size)
         temporary.chmod(root.parent.stat().st_mode & 0o777)
         os.rename(temporary, root)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar, overload
@@ -43,7 +44,7 @@ class FrameBatch:
 
     Attributes:
         frames: clean frames, float32 [B, K, 3, H, W] in [-1, 1]. Those that are to be sampled may
-            hold anything: nothing reads them but losses and bounds.
+            hold anything: nothing reads them but losses and bounds, and no network sees them.
         obs_mask, latent_mask: float32 [B, K, 1, 1, 1], 0 or 1.
         frame_indices: int64 [B, K], positions in the whole video; [1, K] where all videos share
             them, whose relative positions the network then embeds once.
@@ -86,10 +87,11 @@ class FrameBatch:
         """Where the tensors are."""
         return self.frames.device
 
+    @functools.cached_property
     def conditioning(self) -> dict[str, Tensor]:
-        """The network's keyword arguments, by their published names (x0 are the frames)."""
+        """The network's keyword arguments, by their published names; x0 holds observed frames only."""
         return {
-            "x0": self.frames,
+            "x0": self.frames * self.obs_mask,
             "obs_mask": self.obs_mask,
             "latent_mask": self.latent_mask,
             "frame_indices": self.frame_indices,

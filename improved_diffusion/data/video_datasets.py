@@ -5,7 +5,6 @@ Frames are uint8 here; the training loop turns them into [-1, 1] on the device.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,14 +14,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from improved_diffusion.data.dataset_files import (
-    DATASETS,
-    DatasetSpec,
     VideoFiles,
     dataset_spec,
     prepare_dataset,
     require_length,
 )
-from improved_diffusion.data.frame_masks import draw_frames
+from improved_diffusion.data.dataset_specs import DatasetSpec
+from improved_diffusion.registry import DATASETS, MASK_DISTRIBUTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +51,21 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(
-        self, files: VideoFiles, *, T: int, max_frames: int, seed: int, pad_with_random_frames: bool
+        self,
+        files: VideoFiles,
+        *,
+        T: int,
+        max_frames: int,
+        seed: int,
+        pad_with_random_frames: bool,
+        mask_distribution: str = "published",
     ) -> None:
         self.files = files
         self.T = T
         self.max_frames = max_frames
         self.seed = seed
         self.pad_with_random_frames = pad_with_random_frames
+        self.draw_frames = MASK_DISTRIBUTIONS[mask_distribution]
         self._faults: set[str] = set()  # what was found by this process and left out
 
     def __len__(self) -> int:
@@ -86,7 +92,7 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _item(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, epoch, index])
-        observed, latent = draw_frames(self.T, self.max_frames, rng)
+        observed, latent = self.draw_frames(self.T, self.max_frames, rng)
         indices = np.concatenate([observed, latent])
         frames = self._read_window(index, indices, rng)
         num_padding = self.max_frames - len(indices)
@@ -128,11 +134,10 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
 def _resolve(name: str | DatasetSpec, image_size: int | None) -> DatasetSpec:
     """The spec of a data set whose files are there."""
     if isinstance(name, DatasetSpec):
-        spec = dataclasses.replace(name, image_size=image_size or name.image_size)
+        spec = name.at_size(image_size)
     else:
         spec = dataset_spec(name, image_size=image_size)
-    if not spec.folder.is_absolute():
-        prepare_dataset(spec.name, spec.image_size)
+    prepare_dataset(spec)
     return spec
 
 
@@ -144,6 +149,7 @@ def get_train_dataset(
     seed: int = 0,
     image_size: int | None = None,
     pad_with_random_frames: bool = True,
+    mask_distribution: str = "published",
     cache_dir: str | None = None,
 ) -> TrainDataset:
     """The training items of a data set.
@@ -155,6 +161,7 @@ def get_train_dataset(
         seed: seed of everything random.
         image_size: None: that of the data set.
         pad_with_random_frames: fill items up with frames of another video instead of zeros.
+        mask_distribution: a name in MASK_DISTRIBUTIONS.
         cache_dir: copy files below this folder on first use, and read them there.
 
     The headers of all training videos are looked at, once for all processes.
@@ -167,7 +174,12 @@ def get_train_dataset(
     files = VideoFiles(_resolve(name, image_size), "train", cache_dir)
     files.check_training_videos(T)
     return TrainDataset(
-        files, T=T, max_frames=max_frames, seed=seed, pad_with_random_frames=pad_with_random_frames
+        files,
+        T=T,
+        max_frames=max_frames,
+        seed=seed,
+        pad_with_random_frames=pad_with_random_frames,
+        mask_distribution=mask_distribution,
     )
 
 
@@ -258,3 +270,25 @@ def get_test_dataset(
     """
     spec = _resolve(name, image_size)
     return VideoTestSet(VideoFiles(spec, partition, cache_dir), spec.T if T is None else T)
+
+
+def choose_videos(
+    num_videos: int, *, indices: Sequence[int] | None, subset_size: int | None
+) -> list[int]:
+    """The videos that --indices or --subset_size choose of a data set, in order.
+
+    `subset_size` takes the first of one fixed permutation, the same for every run. Raises
+    ValueError for an index or a size out of range.
+    """
+    if indices is not None:
+        for index in indices:
+            if not 0 <= index < num_videos:
+                raise ValueError(
+                    f"--indices {index}: the data set has videos 0 to {num_videos - 1}"
+                )
+        return list(dict.fromkeys(indices))
+    if subset_size is not None:
+        if not 1 <= subset_size <= num_videos:
+            raise ValueError(f"--subset_size {subset_size}: the data set has {num_videos} videos")
+        return [int(i) for i in np.random.RandomState(0).permutation(num_videos)[:subset_size]]
+    return list(range(num_videos))

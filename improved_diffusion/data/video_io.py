@@ -105,11 +105,6 @@ def subsample(video: OpenVideo, step: float) -> OpenVideo:
     )
 
 
-def frame_count(path: str | os.PathLike[str]) -> int:
-    """Number of frames of a video file. Raises as `open_video`."""
-    return open_video(path).shape[0]
-
-
 def _broken(path: Path, error: object) -> ValueError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[0].rstrip(".")

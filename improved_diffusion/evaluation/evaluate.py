@@ -22,6 +22,7 @@ from improved_diffusion.config import check_known
 from improved_diffusion.data import paths
 from improved_diffusion.data.metric_weights import find_alexnet, sha256
 from improved_diffusion.data.video_datasets import VideoTestSet
+from improved_diffusion.dist_util import array_task, default_device
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.metrics import METRICS
 from improved_diffusion.evaluation.options import EvalConfig
@@ -32,7 +33,6 @@ from improved_diffusion.frechet_video_distance import (
     video_features,
     weights_path,
 )
-from improved_diffusion.script_util import array_task, default_device
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from improved_diffusion.data.video_datasets import VideoTestSet, get_test_datase
 from improved_diffusion.data.video_io import add_border, write_video
 from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
-from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +58,17 @@ def make_gallery(config: GifConfig) -> list[Path]:
     videos = _videos(config, sources)
     folder = sources[0].path / "videos"
     if config.grid:
-        out = Path(config.out or folder / f"grid.{config.format}")
         columns = min(len(indices) for indices in videos.values())
         rows = [_row(config, sources, truth, v, i[:columns]) for v, i in videos.items()]
-        return [_write(out, rows, config.fps)]
-    files = []
-    for video, sample in tqdm([(v, i) for v, of in videos.items() for i in of], unit="video"):
-        path = folder / f"{paths.sample_name(video, sample)}.{config.format}"
-        row = _row(config, sources, truth, video, [sample])
-        files.append(_write(path, [row], config.fps))
+        files = [Path(config.out or folder / f"grid.{config.format}")]
+        write_video(files[0], tile(rows), fps=config.fps)
+    else:
+        files = []
+        for video, sample in tqdm([(v, i) for v, of in videos.items() for i in of], unit="video"):
+            files.append(folder / f"{paths.sample_name(video, sample)}.{config.format}")
+            row = _row(config, sources, truth, video, [sample])
+            write_video(files[-1], tile([row]), fps=config.fps)
+    logger.info("wrote %d files into %s", len(files), files[0].parent)
     return files
 
 
@@ -127,8 +129,3 @@ def _truth(eval_dir: EvalDir) -> VideoTestSet:
         T=stored["T"],
         partition=stored["dataset_partition"],
     )
-
-
-def _write(path: Path, rows: list[list[np.ndarray]], fps: int) -> Path:
-    write_video(path, tile(rows), fps=fps)
-    return path

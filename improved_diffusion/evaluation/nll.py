@@ -13,7 +13,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
-from improved_diffusion.data.checkpoints import load_weights
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.evaluation.metric_tables import load_elbo, mean_and_error
 from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.plan import OneClip, Task, chosen_batches, own_jobs
 from improved_diffusion.sampling.results import EvalDir, read_json, write_json
-from improved_diffusion.sampling.video_sampling import (
-    OneClip,
-    SampleSettings,
-    SymmetricView,
-    chosen_batches,
-)
-from improved_diffusion.script_util import (
-    array_task,
-    build_model,
-    config_from_args,
-    create_diffusion,
-    default_device,
-)
+from improved_diffusion.sampling.video_sampler import SymmetricView
 
 logger = logging.getLogger(__name__)
 
@@ -54,23 +42,16 @@ DECISIVE = (
 ).split()
 
 
-class Bound:
-    """The variational bound on latent frames given observed ones, under one network.
+class StepBound:
+    """The variational bound on latent frames given observed ones, over a whole chain.
 
     The noise of a video, step and timestep is always the same. `batch_size` timesteps go through
     the network at once; it changes no result beyond rounding.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        diffusion: SpacedDiffusion,
-        *,
-        seed: int,
-        batch_size: int,
-        device: str,
-    ):
-        self.model, self.diffusion = model, diffusion
+    def __init__(self, denoiser: Denoiser, *, seed: int, batch_size: int, device: str):
+        assert isinstance(denoiser.diffusion, SpacedDiffusion)
+        self.denoiser, self.trained_timesteps = denoiser, denoiser.diffusion.timestep_map
         self.seed, self.batch_size, self.device = seed, batch_size, device
 
     @torch.inference_mode()
@@ -89,46 +70,23 @@ class Bound:
             num_observed: how many are observed.
             key: (video, step), which the noise depends on beside the seed and the timestep.
         """
-        x0 = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1
-        latent_mask = torch.ones(len(x0), 1, 1, 1, device=self.device)
-        latent_mask[:num_observed] = 0
-        positions = torch.tensor(frame_indices, device=self.device)
-        bits = self.diffusion.prior_bpd(x0[None], latent_mask[None]).double().sum()
-        for start in range(0, self.diffusion.num_timesteps, self.batch_size):
-            t = torch.arange(start, self.diffusion.num_timesteps, device=self.device)
-            bits += self._terms(x0, latent_mask, positions, t[: self.batch_size], key).sum()
-        return float(bits) * x0.numel()  # the terms are means over all dimensions of all K frames
+        indices = np.asarray(frame_indices)[None]
+        batch = FrameBatch.from_uint8(frames[None], indices, num_observed, self.device)
 
-    def _terms(
-        self, x0: Tensor, latent_mask: Tensor, positions: Tensor, t: Tensor, key: tuple[int, int]
-    ) -> Tensor:
-        """The bound's terms at timesteps t, in bits per dimension of all K frames, float64."""
-        x_start, mask = (tensor.expand(len(t), *tensor.shape) for tensor in (x0, latent_mask))
-        original = self.diffusion.timestep_map[t.cpu().numpy()]
-        generators = [make_generator(self.seed, *key, int(step)) for step in original]
-        noise = torch.zeros_like(x_start)
-        num_observed = int((latent_mask == 0).sum())
-        shape = (len(t), len(x0) - num_observed, *x0.shape[1:])
-        noise[:, num_observed:] = randn(shape, generators, self.device)
-        terms = self.diffusion.vb_terms_bpd(
-            self.model,
-            x_start,
-            self.diffusion.q_sample(x_start, t, noise),
-            t,
-            clip_denoised=True,
-            model_kwargs={
-                "x0": x_start * (1 - mask),
-                "obs_mask": 1 - mask,
-                "latent_mask": mask,
-                "frame_indices": positions.expand(len(t), -1),
-            },
-            latent_mask=mask,
-        )
-        return terms["output"].double()
+        def noise(t: Tensor) -> Tensor:
+            drawn = torch.zeros(len(t), *batch.frames.shape[1:], device=self.device)
+            trained = self.trained_timesteps[t.numpy()]
+            generators = [make_generator(self.seed, *key, int(step)) for step in trained]
+            shape = drawn[:, num_observed:].shape
+            drawn[:, num_observed:] = randn(shape, generators, self.device)
+            return drawn
+
+        timesteps = torch.arange(len(self.trained_timesteps))
+        return self.denoiser.bound(batch, timesteps, noise, batch_size=self.batch_size)
 
 
 def video_bounds(
-    bound: Bound,
+    bound: StepBound,
     strategy: InferenceStrategyBase,
     frames: np.ndarray,
     video: int,
@@ -174,7 +132,7 @@ def _kept(path: Path) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class VideoBounds:
     """Bounds of videos [videos], in bits per dimension of their latent frames."""
 
     eval_dir: Path
@@ -183,7 +141,7 @@ class Bounds:
     timesteps: tuple[int, int]  # of the chain that is bounded, and of the trained one
 
 
-def format_bounds(bounds: Bounds) -> str:
+def format_bounds(bounds: VideoBounds) -> str:
     """The mean bound as text; that of a respaced chain is called so."""
     if not bounds.videos:
         return f"no video was chosen for {bounds.eval_dir / 'elbos'}"
@@ -198,59 +156,41 @@ def format_bounds(bounds: Bounds) -> str:
     return f"{mean:.4f}{shown} bits/dim over {len(bounds.videos)} videos: the bound of {chain}"
 
 
-def bound_dataset(options: NllConfig) -> Bounds:
+def bound_dataset(options: NllConfig) -> VideoBounds:
     """Bound the videos that `options` choose; those that are done are skipped.
 
     Writes elbos/elbo_<video>.npy, float64 [steps] in bits. Returns the bounds of the chosen videos
     (as an array task: of its batch). Raises ValueError or FileNotFoundError for a user's mistake,
     before anything is written.
     """
-    weights = load_weights(options.checkpoint_path)
-    settings = SampleSettings.resolve(options, weights.config, weights.step)
-    strategy = settings.strategy()
+    task = Task.resolve(options)
+    strategy = task.plan.strategy()
     if strategy.samples_frame_twice:
         raise ValueError(
             f"--inference_mode {options.inference_mode} samples frames more than once, so its steps "
             "bound no likelihood: choose another"
         )
-    source = settings.source()
-    videos = _chosen_videos(options, source, settings.T)
-    diffusion = _diffusion(options, weights.config)
+    source = task.source()
+    videos = _chosen_videos(task, source)
+    process = task.model.process(options.timestep_respacing)
     if videos:
-        _check_config(settings)
-    missing = [v for v in videos if _kept(paths.elbo_path(settings.eval_dir, v)) is None]
+        _check_config(task)
+    missing = [v for v in videos if _kept(paths.elbo_path(task.eval_dir, v)) is None]
     missing = dist_util.broadcast_object(missing)  # a quick rank may have made some already
     if missing:
-        device = default_device(options.device)
-        bound = Bound(
-            build_model(weights, options.checkpoint_path, device, compile=options.compile),
-            diffusion,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            device=device,
-        )
-        _bound_videos(bound, settings, source, missing[dist_util.rank() :: dist_util.world_size()])
+        _bound_videos(task, source, missing[dist_util.rank() :: dist_util.world_size()])
         dist_util.barrier()
-    bits = [load_elbo(paths.elbo_path(settings.eval_dir, video)).sum() for video in videos]
-    num_latent = settings.T - len(strategy.observed_from_data)
-    dimensions = num_latent * 3 * settings.image_size**2
-    chain = diffusion.num_timesteps, diffusion.config.diffusion_steps
-    return Bounds(settings.eval_dir, videos, np.array(bits) / dimensions, chain)
+    bits = [load_elbo(paths.elbo_path(task.eval_dir, video)).sum() for video in videos]
+    num_latent = task.plan.T - len(strategy.observed_from_data)
+    dimensions = num_latent * 3 * task.model.image_size**2
+    chain = process.num_timesteps, process.config.diffusion_steps
+    return VideoBounds(task.eval_dir, videos, np.array(bits) / dimensions, chain)
 
 
-def _diffusion(options: NllConfig, model_config: dict[str, Any]) -> SpacedDiffusion:
-    respacing = options.timestep_respacing
-    overrides = {"timestep_respacing": respacing} if respacing else {}
-    return create_diffusion(config_from_args(DiffusionConfig, model_config | overrides))
-
-
-def _chosen_videos(options: NllConfig, source: VideoTestSet | OneClip, T: int) -> list[int]:
+def _chosen_videos(task: Task, source: VideoTestSet | OneClip) -> list[int]:
     """This process's videos. Raises ValueError where one has fewer than T frames."""
-    batches = [[job.video for job in batch] for batch in chosen_batches(options, len(source))]
-    task = array_task()
-    if task is not None and task >= len(batches):
-        logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
-    videos = sum(batches if task is None else batches[task : task + 1], [])
+    T = task.plan.T
+    videos = [job.video for job in own_jobs(chosen_batches(task.options, len(source)))]
     for video in videos:
         if source.length(video) < T:
             raise ValueError(
@@ -260,22 +200,23 @@ def _chosen_videos(options: NllConfig, source: VideoTestSet | OneClip, T: int) -
     return videos
 
 
-def _check_config(settings: SampleSettings) -> None:
+def _check_config(task: Task) -> None:
     """Store what the bounds depend on, or see that those already there are of the same kind.
 
     Raises ValueError naming the first option that differs.
     """
-    eval_dir = EvalDir(settings.eval_dir)
-    decisive = (*DECISIVE, *vars(settings.options.strategy_options))
-    values = {name: value for name, value in settings.stored().items() if name in decisive}
+    eval_dir = EvalDir(task.eval_dir)
+    stored = task.stored()
+    decisive = (*DECISIVE, *vars(task.plan.options))
+    values = {name: stored[name] for name in decisive}
     path = eval_dir.path / "elbo_config.json"
     if not path.exists():
         write_json(path, values)
         if not eval_dir.model_config_path.exists():
-            write_json(eval_dir.model_config_path, settings.model_config)
+            write_json(eval_dir.model_config_path, task.model.config)
         return
     before = read_json(path)
-    for name in decisive:
+    for name in values:
         if before.get(name) != values[name]:
             raise ValueError(
                 f"{eval_dir.path / 'elbos'} holds bounds made with {name} {before.get(name)}, not "
@@ -283,16 +224,21 @@ def _check_config(settings: SampleSettings) -> None:
             )
 
 
-def _bound_videos(
-    bound: Bound, settings: SampleSettings, source: VideoTestSet | OneClip, videos: list[int]
-) -> None:
+def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int]) -> None:
     """Write the bounds of some videos."""
+    options = task.options
+    bound = StepBound(
+        task.model.denoiser(options.timestep_respacing),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=task.model.device,
+    )
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
-        frames = source.read(video, range(settings.T))
-        partial = paths.elbo_partial_path(settings.eval_dir, video)
-        bits = video_bounds(bound, settings.strategy(), frames, video, partial)
-        _save(paths.elbo_path(settings.eval_dir, video), bits)
+        frames = source.read(video, range(task.plan.T))
+        partial = paths.elbo_partial_path(task.eval_dir, video)
+        bits = video_bounds(bound, task.plan.strategy(), frames, video, partial)
+        _save(paths.elbo_path(task.eval_dir, video), bits)
         partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others are not finished yet
             partial.parent.rmdir()
-    logger.info("bounded %d videos into %s", len(videos), settings.eval_dir / "elbos")
+    logger.info("bounded %d videos into %s", len(videos), task.eval_dir / "elbos")

@@ -52,7 +52,7 @@ class Denoiser:
         """The network's raw output [B, K, 3, H, W], or 6 channels with learn_sigma."""
         self.calls += 1
         with self.autocast():
-            return self.diffusion.run_model(self.network, x_t, t, batch.conditioning())
+            return self.diffusion.run_model(self.network, x_t, t, batch.conditioning)
 
     def predict(self, x_t: Tensor, t: Tensor, batch: FrameBatch) -> Prediction:
         """The clean frames and the log variance of the next step, from one network call."""

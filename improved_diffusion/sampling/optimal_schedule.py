@@ -15,26 +15,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from improved_diffusion.config import DiffusionConfig
+from improved_diffusion import dist_util
 from improved_diffusion.data import paths
-from improved_diffusion.data.checkpoints import WeightsFile, load_weights
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
-from improved_diffusion.data.video_datasets import get_test_dataset
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.data.video_datasets import choose_videos
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.losses import masked_mean
+from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
+from improved_diffusion.sampling.plan import Task
 from improved_diffusion.sampling.results import read_json, write_json
-from improved_diffusion.sampling.video_sampling import SampleSettings
-from improved_diffusion.script_util import (
-    array_task,
-    build_model,
-    choose_videos,
-    config_from_args,
-    create_diffusion,
-    default_device,
-    stored_dataset,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +52,18 @@ class DenoisingError:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        diffusion: GaussianDiffusion,
+        denoiser: Denoiser,
         videos: np.ndarray,
         *,
         num_timesteps: int,
         batch_size: int,
         seed: int,
-        device: str,
     ):
-        self.model, self.diffusion, self.videos = model, diffusion, videos
-        self.batch_size, self.seed, self.device = batch_size, seed, device
-        parts = np.linspace(0, diffusion.num_timesteps, num_timesteps, endpoint=False)
-        grid = (parts + diffusion.num_timesteps / num_timesteps / 2).astype(int)
+        self.denoiser, self.videos = denoiser, videos
+        self.batch_size, self.seed = batch_size, seed
+        chain = denoiser.diffusion.num_timesteps
+        parts = np.linspace(0, chain, num_timesteps, endpoint=False)
+        grid = (parts + chain / num_timesteps / 2).astype(int)
         self.rows = [(video, int(t)) for video in range(len(videos)) for t in grid]
 
     @torch.inference_mode()
@@ -88,31 +78,20 @@ class DenoisingError:
     def _errors(
         self, step: int, observed: list[int], latent: list[int], rows: list[tuple[int, int]]
     ) -> torch.Tensor:
-        indices = observed + latent
-        frames = self.videos[[video for video, _ in rows]][:, indices]
-        x0 = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1
-        t = torch.tensor([t for _, t in rows], device=self.device)
-        mask = torch.zeros(len(rows), len(indices), 1, 1, 1, device=self.device)
-        mask[:, len(observed) :] = 1
+        device = next(self.denoiser.network.parameters()).device
+        indices = np.array([observed + latent] * len(rows))
+        frames = self.videos[[video for video, _ in rows]][:, indices[0]]
+        batch = FrameBatch.from_uint8(frames, indices, len(observed), device)
+        t = torch.tensor([t for _, t in rows], device=device)
         generators = [make_generator(self.seed, video, step, timestep) for video, timestep in rows]
-        noise = torch.zeros_like(x0)
-        shape = (len(rows), len(latent), *x0.shape[2:])
-        noise[:, len(observed) :] = randn(shape, generators, self.device)
-        x_t = self.diffusion.q_sample(x0, t, noise)
-        out = self.diffusion.p_mean_variance(
-            self.model,
-            x_t,
-            t,
-            clip_denoised=False,
-            model_kwargs={
-                "x0": x0,
-                "obs_mask": 1 - mask,
-                "latent_mask": mask,
-                "frame_indices": torch.tensor(indices, device=self.device).expand(len(rows), -1),
-            },
-        )
-        eps = self.diffusion.predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-        return masked_mean((eps - noise) ** 2, mask) * len(indices) / len(latent)
+        noise = torch.zeros_like(batch.frames)
+        latents = noise[:, len(observed) :]
+        latents.copy_(randn(latents.shape, generators, device))
+        x_t = self.denoiser.diffusion.q_sample(batch.frames, t, noise)
+        xstart = self.denoiser.denoise(x_t, t, batch)
+        eps = self.denoiser.diffusion.predict_eps_from_xstart(x_t, t, xstart)
+        error = masked_mean((eps - noise) ** 2, batch.latent_mask)
+        return error * indices.shape[1] / len(latent)
 
 
 def search_step(
@@ -155,53 +134,35 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     The file {step: frames} appears when the last step is found, by whichever task finds it. Raises
     ValueError for a user's mistake.
     """
-    weights = load_weights(options.checkpoint_path)
-    settings = SampleSettings.resolve(options, weights.config, weights.step)
-    eval_dir = dataclasses.replace(
-        settings, options=dataclasses.replace(options, optimal=True)
-    ).eval_dir
-    strategy = settings.strategy()
+    task = Task.resolve(options)
+    strategy = task.plan.strategy()
     if strategy.is_adaptive:
         raise ValueError(f"--inference_mode {options.inference_mode} chooses its own frames")
+    # The folder in which --optimal will look.
+    eval_dir = Task.resolve(dataclasses.replace(options, optimal=True)).eval_dir
     plan = plan_steps(strategy)
-    task = array_task()
-    if task is not None and task not in plan:
-        logger.info("nothing to do: there is no step SLURM_ARRAY_TASK_ID=%d to search", task)
-    error = _denoising_error(settings, weights, search)
-    for step in plan if task is None else set(plan) & {task}:
+    array_task = dist_util.array_task()
+    if array_task is not None and array_task not in plan:
+        logger.info("nothing to do: there is no step SLURM_ARRAY_TASK_ID=%d to search", array_task)
+    error = _denoising_error(task, search)
+    places = task.plan.max_frames - options.step_size
+    for step in plan if array_task is None else set(plan) & {array_task}:
         candidates, latent = plan[step]
-        search_step(
-            error,
-            step,
-            candidates,
-            latent,
-            settings.max_frames - options.step_size,
-            paths.schedule_step_path(eval_dir, step),
-            start_from=search.start_from,
-        )
-    return _merge(eval_dir, plan, settings.max_frames - options.step_size)
+        path = paths.schedule_step_path(eval_dir, step)
+        search_step(error, step, candidates, latent, places, path, start_from=search.start_from)
+    return _merge(eval_dir, plan, places)
 
 
-def _denoising_error(
-    settings: SampleSettings, weights: WeightsFile, search: ScheduleConfig
-) -> DenoisingError:
-    options = settings.options
-    spec = stored_dataset(settings.dataset, settings.model_config)
-    train_set = get_test_dataset(spec, T=settings.T, partition="train", cache_dir=options.cache_dir)
+def _denoising_error(task: Task, search: ScheduleConfig) -> DenoisingError:
+    train_set = task.videos("train")
     number = min(search.num_videos, len(train_set))
-    videos = [
-        train_set.read(index, range(settings.T))
-        for index in choose_videos(len(train_set), indices=None, subset_size=number)
-    ]
-    device = default_device(options.device)
+    chosen = choose_videos(len(train_set), indices=None, subset_size=number)
     return DenoisingError(
-        build_model(weights, options.checkpoint_path, device, compile=options.compile),
-        create_diffusion(config_from_args(DiffusionConfig, weights.config)),
-        np.stack(videos),
+        task.model.denoiser(clip_denoised=False),
+        np.stack([train_set.read(index, range(task.plan.T)) for index in chosen]),
         num_timesteps=search.num_timesteps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=device,
+        batch_size=task.options.batch_size,
+        seed=task.options.seed,
     )
 
 

@@ -1,92 +1,125 @@
-"""The whole chain on one machine: data, training, sampling, scores and videos, by the documented commands."""
+"""The whole chain on one machine: data, training, sampling, scores and videos.
+
+Every stage calls the function that its script calls, and prints the command that would do the same.
+"""
 
 from __future__ import annotations
 
 import csv
 import logging
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
-from improved_diffusion.evaluation.evaluate import format_table
+from improved_diffusion.evaluation import evaluate
+from improved_diffusion.evaluation.gallery import make_gallery
 from improved_diffusion.evaluation.metric_tables import read_table
 from improved_diffusion.evaluation.metrics import psnr
+from improved_diffusion.evaluation.options import EvalConfig, GifConfig
+from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.sampling.video_sampling import sample_dataset
+from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
+from improved_diffusion.train_util import create_train_loop
 
 logger = logging.getLogger(__name__)
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RUN_ID = "demo"
+DATASET = "bouncy_balls"
 STRATEGIES = ("autoreg", "hierarchy-2")
-T, OBS_LENGTH, MAX_FRAMES, STEP_SIZE = 20, 8, 16, 6
-WARM_UP_STEPS = 20  # steps that measure the speed of this machine
+SAMPLER, EMA_RATE = "dpmpp2m", "0.995"
+SHOWN_FRAMES = (1, 2, 4, 8)  # predicted frames in the closing table, beside the last one
 
 # A network small enough for a CPU. Predicting clean frames under a cosine schedule gives the
-# frames' overall colour from the first steps on, which predicting the noise learns last.
+# frames' overall colour from the first updates on, which predicting the noise learns last.
 TRAINING = (
-    "--dataset=bouncy_balls --num_channels 32 --num_res_blocks 1 --batch_size 4 "
-    f"--max_frames {MAX_FRAMES} --T {T} --predict_xstart True --noise_schedule cosine "
-    "--diffusion_steps 250 --lr 1e-3 --ema_rate 0.995 --ema_warmup True --num_workers 0 "
-    "--sample_interval 0 --save_latest_only True"
+    "--dataset={dataset} --num_channels 32 --num_res_blocks 1 --batch_size 4 "
+    "--max_frames {max_frames} --T {T} --predict_xstart True --noise_schedule cosine "
+    "--diffusion_steps 250 --lr 1e-3 --ema_rate {ema_rate} --ema_warmup True --num_workers 0 "
+    "--sample_interval 0 --save_latest_only True --seed {seed} --resume_id {run_id}"
 )
 SAMPLING = (
-    f"--T {T} --obs_length {OBS_LENGTH} --step_size {STEP_SIZE} --max_frames {MAX_FRAMES} "
-    "--sampler dpmpp2m --timestep_respacing 20"
+    "--inference_mode {strategy} --T {T} --obs_length {obs_length} --step_size {step_size} "
+    "--max_frames {max_frames} --sampler {sampler} --timestep_respacing {timesteps} --seed {seed} "
+    "--subset_size {num_videos} --batch_size {num_videos} --device '{device}'"
 )
-
-
-def run_script(name: str, options: str) -> None:
-    """Run one of the project's scripts as a user would; raise ValueError where it fails."""
-    command = ["python", f"scripts/{name}", *shlex.split(options)]
-    logger.info("\n$ %s", shlex.join(command))
-    done = subprocess.run([sys.executable, str(SCRIPTS / name), *shlex.split(options)])
-    if done.returncode:
-        raise ValueError(
-            f"scripts/{name} ended with exit code {done.returncode}: see its message above"
-        )
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Train for `config.minutes`, sample with two strategies, score them, write gifs, say where all is."""
+    """Train for `config.minutes`, sample with two strategies, score them, write gifs, say where all is.
+
+    Works in the current directory and goes on from what an earlier call has left there. Raises
+    ValueError or OSError for a user's mistake, and ValueError where training was interrupted.
+    """
     began = time.perf_counter()
     checkpoint = train(config)
     eval_dirs = []
     for strategy in STRATEGIES:
-        run_script(
-            "video_sample.py",
-            f"{shlex.quote(checkpoint)} --inference_mode {strategy} {SAMPLING} --seed {config.seed} "
-            f"--subset_size {config.num_videos} --batch_size {config.num_videos} --device '{config.device}'",
-        )
-        base = paths.results_dir(checkpoint, trained_steps(), "_dpmpp2m_respace20")
-        eval_dirs.append(
-            base / paths.inference_mode_str(strategy, MAX_FRAMES, STEP_SIZE, T, OBS_LENGTH)
-        )
-        quoted = shlex.quote(str(eval_dirs[-1]))
-        run_script("video_eval.py", f"--eval_dir {quoted} --modes psnr ssim")
-        run_script("video_make_gif.py", f"--eval_dir {quoted} --add_gt --grid")
-    report(eval_dirs, time.perf_counter() - began)
+        eval_dirs.append(sample(config, checkpoint, strategy))
+        score(eval_dirs[-1])
+        write_gif(eval_dirs[-1])
+    report(config, eval_dirs, time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------- the chain
 
 
 def train(config: DemoConfig) -> str:
     """Train the demo's network for about `config.minutes`; returns the EMA checkpoint's path.
 
-    A few steps measure the speed; the rest anneals the learning rate over what the time allows.
+    A few updates measure the speed; the rest anneals the learning rate over what the time allows.
     """
-    common = f"{TRAINING} --seed {config.seed} --resume_id {RUN_ID}"
-    if trained_steps() < WARM_UP_STEPS:
-        run_script("video_train.py", f"{common} --max_steps {WARM_UP_STEPS}")
+    if updates_made() < config.warm_up_updates:
+        _train_until(config, f"--max_steps {config.warm_up_updates}")
     speed = float(progress()[-1]["steps_per_second"])
-    steps = WARM_UP_STEPS + max(1, int(60 * config.minutes * speed))
-    logger.info("this machine makes %.2f steps/s: training %d steps", speed, steps)
-    run_script("video_train.py", f"{common} --lr_anneal_steps {steps}")
-    return paths.checkpoint_path(paths.run_dir(RUN_ID), paths.ema_kind("0.995"), None)
+    updates = config.warm_up_updates + max(1, int(60 * config.minutes * speed))
+    logger.info("this machine makes %.2f steps/s: training %d steps", speed, updates)
+    _train_until(config, f"--lr_anneal_steps {updates}")
+    return paths.checkpoint_path(paths.run_dir(RUN_ID), paths.ema_kind(EMA_RATE), None)
+
+
+def _train_until(config: DemoConfig, limit: str) -> None:
+    fixed = {"dataset": DATASET, "ema_rate": EMA_RATE, "run_id": RUN_ID}
+    words = shlex.split(f"{TRAINING.format(**vars(config), **fixed)} {limit}")
+    groups = TrainConfig, DataConfig, ModelConfig, DiffusionConfig
+    with in_place_of("video_train.py", words):
+        options = parse("video_train.py", words, *groups)
+        if create_train_loop(*options).run_loop():
+            raise ValueError("training was interrupted: start again, and it goes on from there")
+
+
+def sample(config: DemoConfig, checkpoint: str, strategy: str) -> Path:
+    """Sample the test videos with one strategy; returns the evaluation directory."""
+    fixed = {"strategy": strategy, "sampler": SAMPLER}
+    words = [checkpoint, *shlex.split(SAMPLING.format(**vars(config), **fixed))]
+    with in_place_of("video_sample.py", words):
+        (options,) = parse("video_sample.py", words, SampleConfig)
+        return sample_dataset(options).path
+
+
+def score(eval_dir: Path) -> None:
+    """Print and store the scores of one evaluation directory."""
+    words = ["--eval_dir", str(eval_dir), "--modes", "psnr", "ssim"]
+    with in_place_of("video_eval.py", words):
+        (options,) = parse("video_eval.py", words, EvalConfig)
+        evaluate.run(options)
+
+
+def write_gif(eval_dir: Path) -> None:
+    """Write one grid of the samples beside the truth."""
+    words = ["--eval_dir", str(eval_dir), "--add_gt", "--grid"]
+    with in_place_of("video_make_gif.py", words):
+        (options,) = parse("video_make_gif.py", words, GifConfig)
+        make_gallery(options)
+
+
+# ---------------------------------------------------------------- what came of it
 
 
 def progress() -> list[dict[str, str]]:
@@ -98,46 +131,52 @@ def progress() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def trained_steps() -> int:
-    """Steps that the run has made."""
+def updates_made() -> int:
+    """Updates that the run has made."""
     rows = progress()
     return int(rows[-1]["step"]) if rows else 0
 
 
-def report(eval_dirs: list[Path], seconds: float) -> None:
+def report(config: DemoConfig, eval_dirs: list[Path], seconds: float) -> None:
     """Print losses, scores beside those of a standing picture, and where everything is."""
     losses = [float(row["mse"]) for row in progress()]
     print(
-        f"\ntraining: {trained_steps()} steps, denoising loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+        f"\ntraining: {updates_made()} steps, denoising loss {losses[0]:.4f} at first, "
+        f"{losses[-1]:.4f} at last"
     )
-    for eval_dir in eval_dirs:
-        print(f"\n{eval_dir.name}\n{format_table(table_path(eval_dir))}")
-        print(f"videos: {eval_dir / 'videos'}  samples: {eval_dir / 'samples'}")
+    tables = {folder: table_path(folder, config.T) for folder in eval_dirs}
+    for folder, table in tables.items():
+        print(f"\n{folder.name}\n{evaluate.format_table(table)}")
+        print(f"videos: {folder / 'videos'}  samples: {folder / 'samples'}")
+    curves = {folder.name.split("_")[0]: frame_psnr(table) for folder, table in tables.items()}
+    curves["last observed frame repeated"] = repeated_frame_psnr(config, eval_dirs[0])
+    last = config.T - config.obs_length
+    shown = [frame for frame in SHOWN_FRAMES if frame < last] + [last]
     print("\nPSNR by predicted frame, mean over videos (dB)")
-    curves = {d.name.split("_")[0]: frame_psnr(d) for d in eval_dirs}
-    curves["last observed frame repeated"] = repeated_frame_psnr(eval_dirs[0])
     for name, values in curves.items():
-        shown = " ".join(f"{values[i]:5.1f}" for i in (0, 1, 3, 7, len(values) - 1))
-        print(f"{name:30} frames 1, 2, 4, 8, {len(values)}: {shown}   all: {values.mean():5.2f}")
+        row = " ".join(f"{values[frame - 1]:5.1f}" for frame in shown)
+        frames = ", ".join(map(str, shown))
+        print(f"{name:30} frames {frames}: {row}   all: {values.mean():5.2f}")
     print(f"\ncheckpoints: {paths.run_dir(RUN_ID)}\ntotal time: {seconds / 60:.1f} minutes")
 
 
-def table_path(eval_dir: Path) -> Path:
+def table_path(eval_dir: Path, T: int) -> Path:
     """The table of all videos there; others may be left of runs with fewer videos."""
     return paths.metrics_path(eval_dir, len(EvalDir(eval_dir).samples()), 1, T)
 
 
-def frame_psnr(eval_dir: Path) -> np.ndarray:
-    """Mean PSNR over videos [predicted frames], from the table."""
-    return read_table(table_path(eval_dir))["psnr"].mean(axis=(0, 1))
+def frame_psnr(table: Path) -> np.ndarray:
+    """Mean PSNR over videos [predicted frames]."""
+    return read_table(table)["psnr"].mean(axis=(0, 1))
 
 
-def repeated_frame_psnr(eval_dir: Path) -> np.ndarray:
+def repeated_frame_psnr(config: DemoConfig, eval_dir: Path) -> np.ndarray:
     """The same for predictions that repeat the last observed frame."""
-    test_set = get_test_dataset("bouncy_balls", T=T)
+    test_set = get_test_dataset(DATASET, T=config.T)
     rows = []
     for video in EvalDir(eval_dir).samples():
         truth = test_set.read(video)
-        last = np.broadcast_to(truth[OBS_LENGTH - 1], truth[OBS_LENGTH:].shape)
-        rows.append(psnr(np.ascontiguousarray(last), truth[OBS_LENGTH:]))
+        last, predicted = truth[config.obs_length - 1], truth[config.obs_length :]
+        repeated = np.ascontiguousarray(np.broadcast_to(last, predicted.shape))
+        rows.append(psnr(repeated, predicted))
     return np.mean(rows, axis=0)

@@ -15,6 +15,15 @@ class DemoConfig:
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
     num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
+    T: int = option(20, "length of the videos")
+    obs_length: int = option(8, "frames observed at the start")
+    max_frames: int = option(16, "frames given to the network at once")
+    step_size: int = option(6, "frames to sample in each inference step")
+    timesteps: int = option(20, "timesteps of sampling")
+    warm_up_updates: int = option(20, "updates that measure the speed of this machine")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,10 @@ class StudyConfig:
         "strategies to compare",
         nargs="+",
     )
-    solver_steps: int = option(20, "steps of DPM-Solver++ 2M, which samples with all strategies")
-    ddpm_steps: int = option(100, "steps of DDPM, to compare with")
+    solver_steps: int = option(
+        20, "timesteps of DPM-Solver++ 2M, which samples with all strategies"
+    )
+    ddpm_steps: int = option(100, "timesteps of DDPM, to compare with")
     ddpm_strategies: str = option(
         "autoreg,hierarchy-2", "strategies to sample with DDPM too (empty: none)", nargs="+"
     )

@@ -16,20 +16,20 @@ import torch
 from torch import nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.script_util import default_device
+from improved_diffusion.dist_util import default_device
 
 CONV_IMAGES = (1, 4, 20)
 GEMM_SIZES = (256, 512, 1024, 2048)
 LIMIT_S = 0.3  # how long a limit is timed; larger calls follow only where one is shorter
 
 
-def timed(step: Callable[[], Any], repeats: int) -> list[float]:
+def timed(call: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each of `repeats` calls; waits for the GPU where one is in use."""
     seconds = []
     for _ in range(repeats):
         _synchronise()
         began = time.perf_counter()
-        step()
+        call()
         _synchronise()
         seconds.append(time.perf_counter() - began)
     return seconds
@@ -40,15 +40,15 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def count_gflop(step: Callable[[], Any]) -> float:
-    """10^9 operations of convolutions, matrix products and attention in one call of `step`.
+def count_gflop(call: Callable[[], Any]) -> float:
+    """10^9 operations of convolutions, matrix products and attention in one call of `call`.
 
     A product and a sum count as two. What the backward pass computes again counts again.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        step()
+        call()
     return counter.get_total_flops() / 1e9
 
 
@@ -77,14 +77,14 @@ def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def _rate(steps: Sequence[Callable[[], Any]]) -> float:
-    """GFLOP/s of the largest of `steps` (smallest first) that is quick enough; its fastest call."""
+def _rate(calls: Sequence[Callable[[], Any]]) -> float:
+    """GFLOP/s of the largest of `calls` (smallest first) that is quick enough; its fastest call."""
     gflop, seconds = 0.0, [0.0]
-    for step in steps:
+    for call in calls:
         if seconds[-1] > LIMIT_S:
             break
-        gflop = count_gflop(step)  # warms up, too
-        largest, seconds = step, timed(step, 1)
+        gflop = count_gflop(call)  # warms up, too
+        largest, seconds = call, timed(call, 1)
     while sum(seconds) < LIMIT_S:
         seconds += timed(largest, 1)
     return gflop / min(seconds)
@@ -139,7 +139,7 @@ def _cpu_name() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def profile_table(step: Callable[[], Any], title: str) -> str:
+def profile_table(call: Callable[[], Any], title: str) -> str:
     """Where the time of one call goes, on the GPU where one is in use.
 
     `title`, then operation, self time, share and calls, the longest first.
@@ -148,9 +148,9 @@ def profile_table(step: Callable[[], Any], title: str) -> str:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_initialized()
-    step()
+    call()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
-        step()
+        call()
         _synchronise()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
     # A GPU's kernels also stand by themselves: counted with the operations that start them, once.

@@ -1,19 +1,20 @@
 """A study of inference strategies at small scale: which frames to condition on, by documented commands.
 
-The study is a table of steps, each one of the project's scripts with its options. Steps run one
-after the other as a user would type them; what each took is kept in `<out>/steps/<name>.json`, a
-file of its own, so that several processes can work on different steps. study_report.py reads what
-the scripts have written.
+The study is a table of commands, each one of the project's scripts with its options. They run one
+after the other, in processes of their own, so that one that is killed or out of memory takes no other
+along and its time is what a user would see. What each took is kept in `<out>/steps/<name>.json`, a file
+of its own, so that several processes can work on different commands. study_report.py reads what the
+scripts have written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import logging
-import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,12 @@ from improved_diffusion.config import check_known
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
+from improved_diffusion.dist_util import array_task
 from improved_diffusion.evaluation.evaluate import DISTANCES, MODES
 from improved_diffusion.inference_utils import create_strategy
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.results import read_json, write_json
-from improved_diffusion.script_util import array_task
-from improved_diffusion.study.demo import run_script
+from improved_diffusion.study.commands import command_line
 from improved_diffusion.study.options import StudyConfig
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SOLVER = "dpmpp2m"
+RECORDS = "steps"  # the folder below `out`, by its name in the first studies
 # One timestep, the chain's middle: about 50,000 calls for bouncy_balls, an hour of one core.
 OPTIMAL_MODE, OPTIMAL_VIDEOS, OPTIMAL_TIMESTEPS = "autoreg", 10, 1
 # Files small enough to be committed.
@@ -99,24 +101,28 @@ class Cell(NamedTuple):
         return f"{self.strategy}_optimal" if self.optimal else self.strategy
 
     @property
-    def step_name(self) -> str:
-        """The step that samples it."""
+    def sampled_by(self) -> str:
+        """The name of the command that samples it."""
         return f"sample.{self.folder}.{self.name}"
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command of the study: a script of scripts/ with its options, and a file that it writes."""
+class Command:
+    """One of scripts/ with its options, and a file that it writes."""
 
     name: str
     script: str
-    options: tuple[str, ...]
+    words: tuple[str, ...]
     result: Path
 
     @property
-    def command(self) -> str:
+    def line(self) -> str:
         """As a user types it."""
-        return shlex.join(["python", f"scripts/{self.script}", *self.options])
+        return command_line(self.script, self.words)
+
+
+# Runs one of scripts/ with its options; raises ValueError where that fails.
+RunScript = Callable[[str, Sequence[str]], None]
 
 
 def cells(config: StudyConfig) -> list[Cell]:
@@ -156,24 +162,24 @@ def eval_dir(config: StudyConfig, cell: Cell) -> Path:
     return Path(config.out) / cell.folder / name
 
 
-def commands(config: StudyConfig) -> list[Step]:
-    """The steps of the study in an order in which each finds what it needs.
+def commands(config: StudyConfig) -> list[Command]:
+    """The commands of the study in an order in which each finds what it needs.
 
     The optimal schedule, whose search takes longest, comes last with all that needs it.
     """
     plain, optimal = ([c for c in cells(config) if c.optimal == which] for which in (False, True))
-    schedules = [_schedule_step(config, cell) for cell in optimal]
-    return _steps_of(config, plain) + schedules + _steps_of(config, optimal)
+    schedules = [_schedule_command(config, cell) for cell in optimal]
+    return _commands_of(config, plain) + schedules + _commands_of(config, optimal)
 
 
-def _steps_of(config: StudyConfig, chosen: list[Cell]) -> list[Step]:
+def _commands_of(config: StudyConfig, chosen: list[Cell]) -> list[Command]:
     """Sampling, scores, bounds and pictures of some cells."""
     with_solver = [cell for cell in chosen if cell.sampler == SOLVER]
     return [
-        *(_sample_step(config, cell) for cell in chosen),
-        *_score_steps(config, chosen),
-        *(_bound_step(config, cell) for cell in with_solver if config.elbo_videos),
-        *_picture_steps(config, chosen),
+        *(_sample_command(config, cell) for cell in chosen),
+        *_score_commands(config, chosen),
+        *(_bound_command(config, cell) for cell in with_solver if config.elbo_videos),
+        *_picture_commands(config, chosen),
     ]
 
 
@@ -193,36 +199,36 @@ def _device_options(config: StudyConfig) -> tuple[str, ...]:
     return ("--device", config.device) if config.device else ()
 
 
-def _schedule_step(config: StudyConfig, cell: Cell) -> Step:
+def _schedule_command(config: StudyConfig, cell: Cell) -> Command:
     options = (
         *_strategy_options(config, cell),
         *("--num_videos", str(OPTIMAL_VIDEOS), "--num_timesteps", str(OPTIMAL_TIMESTEPS)),
     )
     result = paths.optimal_schedule_path(eval_dir(config, cell))
-    return Step(f"schedule.{cell.strategy}", "video_optimal_schedule.py", options, result)
+    return Command(f"schedule.{cell.strategy}", "video_optimal_schedule.py", options, result)
 
 
-def _sample_step(config: StudyConfig, cell: Cell) -> Step:
+def _sample_command(config: StudyConfig, cell: Cell) -> Command:
     options = (
         *_strategy_options(config, cell),
         *("--sampler", cell.sampler, "--timestep_respacing", str(cell.timesteps)),
         *("--subset_size", str(config.num_videos)),
         *(("--optimal",) if cell.optimal else ()),
     )
-    return Step(cell.step_name, "video_sample.py", options, eval_dir(config, cell) / "samples")
+    return Command(cell.sampled_by, "video_sample.py", options, eval_dir(config, cell) / "samples")
 
 
-def _bound_step(config: StudyConfig, cell: Cell) -> Step:
+def _bound_command(config: StudyConfig, cell: Cell) -> Command:
     options = (
         *_strategy_options(config, cell),
         *("--subset_size", str(config.elbo_videos)),
         *(("--timestep_respacing", config.elbo_respacing) if config.elbo_respacing else ()),
         *(("--optimal",) if cell.optimal else ()),
     )
-    return Step(f"bound.{cell.name}", "video_nll.py", options, eval_dir(config, cell) / "elbos")
+    return Command(f"bound.{cell.name}", "video_nll.py", options, eval_dir(config, cell) / "elbos")
 
 
-def _score_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
+def _score_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
     """One command per table, so that the truth's features are computed once for all strategies."""
     frame_modes = [mode for mode in config.modes if mode not in DISTANCES]
     video_modes = [mode for mode in config.modes if mode in DISTANCES]
@@ -230,19 +236,19 @@ def _score_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
         result = paths.metrics_path(dirs[-1], config.num_videos, 1, config.T)
         shared = ("--eval_dir", *map(str, dirs), *_device_options(config), "--modes")
         if frame_modes:
-            yield Step(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
+            yield Command(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
         if video_modes:
             options = (*shared, *video_modes, "--floor")
-            yield Step(f"fvd.{name}", "video_eval_fvd.py", options, result)
+            yield Command(f"fvd.{name}", "video_eval_fvd.py", options, result)
 
 
-def _picture_steps(config: StudyConfig, chosen: list[Cell]) -> Iterator[Step]:
+def _picture_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
     for name, dirs in _tables(config, chosen).items():
         shared = ("--eval_dir", *map(str, dirs), "--out")
         picture, grid = (Path(config.out) / f"{name}.{suffix}" for suffix in ("png", "gif"))
-        yield Step(f"plot.{name}", "video_plot.py", (*shared, str(picture)), picture)
+        yield Command(f"plot.{name}", "video_plot.py", (*shared, str(picture)), picture)
         options = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
-        yield Step(f"gif.{name}", "video_make_gif.py", options, grid)
+        yield Command(f"gif.{name}", "video_make_gif.py", options, grid)
 
 
 def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:
@@ -262,31 +268,31 @@ def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:
 # ---------------------------------------------------------------- running them
 
 
-def chosen_steps(config: StudyConfig, only: Sequence[str]) -> list[Step]:
-    """The steps whose names match one of the patterns `only` (none: all).
+def chosen_commands(config: StudyConfig, only: Sequence[str]) -> list[Command]:
+    """The commands whose names match one of the patterns `only` (none: all).
 
     Raises ValueError for a pattern that matches nothing.
     """
-    steps = commands(config)
+    known = commands(config)
     for pattern in only:
-        if not fnmatch.filter([step.name for step in steps], pattern):
-            raise ValueError(f"--only {pattern!r} matches no step: --list shows their names")
-    return [s for s in steps if not only or any(fnmatch.fnmatch(s.name, p) for p in only)]
+        if not fnmatch.filter([command.name for command in known], pattern):
+            raise ValueError(f"--only {pattern!r} matches no command: --list shows their names")
+    return [c for c in known if not only or any(fnmatch.fnmatch(c.name, p) for p in only)]
 
 
-def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
-    """Run the chosen steps that are not done.
+def run(config: StudyConfig, only: Sequence[str] = (), *, run_script: RunScript) -> None:
+    """Run the chosen commands that are not done.
 
-    A step is done if it ended well with the same command, and its result is there. Raises ValueError
+    One is done if it ended well with the same options, and its result is there. Raises ValueError
     or FileNotFoundError for a user's mistake (results of another checkpoint or of more videos in
-    `out` among them) and where a step fails.
+    `out` among them) and where a command fails.
     """
     if array_task() is not None:
         raise ValueError(
-            "SLURM_ARRAY_TASK_ID would make every step do a part only: unset it, and spread the "
+            "SLURM_ARRAY_TASK_ID would make every command do a part only: unset it, and spread the "
             "study with --only"
         )
-    steps = chosen_steps(config, only)
+    chosen = chosen_commands(config, only)
     trained_on = load_weights(config.checkpoint).config.get("dataset")
     if trained_on != config.dataset:
         raise ValueError(
@@ -295,22 +301,23 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
         )
     checkpoint = sha256(Path(config.checkpoint))
     _check_folder(config, checkpoint)
-    for step in steps:
-        record = _record(config, step.name)
-        finished = record.get("finished") and step.result.exists()
-        if finished and record["command"] == step.command:
-            logger.info("%s is done", step.name)
+    for command in chosen:
+        record = _record(config, command.name)
+        finished = record.get("finished") and command.result.exists()
+        if finished and record["command"] == command.line:
+            logger.info("%s is done", command.name)
             continue
         if not finished and record.get("finished", True):  # never begun, or its result is gone
             record = {"sittings": 0, "seconds": []}
-        # Otherwise the step goes on from what is there, of fewer videos it may be: times add up.
-        identity = {"command": step.command, "checkpoint_sha256": checkpoint}
-        _run_step(config, step, record | identity)
+        # Otherwise it goes on from what is there, of fewer videos it may be: times add up.
+        record = record | {"command": command.line, "checkpoint_sha256": checkpoint}
+        with _timed(_record_path(config, command.name), record):
+            run_script(command.script, command.words)
 
 
 def _check_folder(config: StudyConfig, checkpoint: str) -> None:
     """Refuse a folder whose results would be mixed up with those to come."""
-    for path in sorted(Path(config.out, "steps").glob("*.json")):
+    for path in sorted(Path(config.out, RECORDS).glob("*.json")):
         if read_json(path).get("checkpoint_sha256") != checkpoint:
             raise ValueError(
                 f"{path}: made with another checkpoint than {config.checkpoint}: give another --out"
@@ -325,35 +332,35 @@ def _check_folder(config: StudyConfig, checkpoint: str) -> None:
             )
 
 
-def _run_step(config: StudyConfig, step: Step, record: dict[str, Any]) -> None:
-    """Run one step; its record is right even if this process is killed."""
+@contextlib.contextmanager
+def _timed(path: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Keep the time of the block in the record at `path`, which is right even if this process is killed."""
     record = record | {"sittings": record["sittings"] + 1, "finished": False}
-    path = _record_path(config, step.name)
     write_json(path, record)
     began = time.monotonic()
     try:
-        run_script(step.script, shlex.join(step.options))
+        yield
         record["finished"] = True
     finally:
         record["seconds"] = [*record["seconds"], time.monotonic() - began]
         write_json(path, record)
 
 
-def _record_path(config: StudyConfig, step_name: str) -> Path:
-    return Path(config.out) / "steps" / f"{step_name}.json"
+def _record_path(config: StudyConfig, command_name: str) -> Path:
+    return Path(config.out) / RECORDS / f"{command_name}.json"
 
 
-def _record(config: StudyConfig, step_name: str) -> dict[str, Any]:
-    path = _record_path(config, step_name)
+def _record(config: StudyConfig, command_name: str) -> dict[str, Any]:
+    path = _record_path(config, command_name)
     return read_json(path) if path.exists() else {}
 
 
-def step_time(config: StudyConfig, step_name: str, *, per: int = 1) -> str:
-    """The seconds that a finished step took, divided by `per`; "-" for any other step.
+def command_time(config: StudyConfig, command_name: str, *, per: int = 1) -> str:
+    """The seconds that a finished command took, divided by `per`; "-" for any other.
 
     With a ">" where the time of a killed sitting is not known.
     """
-    record = _record(config, step_name)
+    record = _record(config, command_name)
     if not record.get("finished"):
         return "-"
     sign = ">" if len(record["seconds"]) < record["sittings"] else ""
@@ -361,11 +368,10 @@ def step_time(config: StudyConfig, step_name: str, *, per: int = 1) -> str:
 
 
 def listing(config: StudyConfig, only: Sequence[str] = ()) -> str:
-    """The chosen steps, a line each: name, seconds taken, command."""
-    steps = chosen_steps(config, only)
-    width = max(len(step.name) for step in steps)
-    times = [step_time(config, step.name) for step in steps]
+    """The chosen commands, a line each: name, seconds taken, command."""
+    chosen = chosen_commands(config, only)
+    width = max(len(command.name) for command in chosen)
     return "\n".join(
-        f"{step.name:{width}} {seconds:>9} {step.command}"
-        for step, seconds in zip(steps, times, strict=True)
+        f"{command.name:{width}} {command_time(config, command.name):>9} {command.line}"
+        for command in chosen
     )

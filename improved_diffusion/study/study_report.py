@@ -1,4 +1,4 @@
-"""The report of a study (study.py): tables with n and standard errors, from what its steps wrote.
+"""The report of a study (study.py): tables with n and standard errors, from what its commands wrote.
 
 Nothing that the scripts measure is computed again. Only the classes of frames are new: the scores
 of those frames whose true pose returns to a place seen before tell of long-range coherence.
@@ -18,9 +18,9 @@ from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.evaluate import DISTANCES
 from improved_diffusion.sampling.results import EvalDir
-from improved_diffusion.script_util import stored_dataset
+from improved_diffusion.sampling.trained_model import stored_dataset
 from improved_diffusion.study.options import StudyConfig
-from improved_diffusion.study.study import Cell, cells, commands, eval_dir, reference, step_time
+from improved_diffusion.study.study import Cell, cells, command_time, commands, eval_dir, reference
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +86,20 @@ def class_masks(config: StudyConfig, info: dict[str, Any], folder: Path) -> dict
 # ---------------------------------------------------------------- the report
 
 
-class Scores(NamedTuple):
+class CellTable(NamedTuple):
     """The table of metrics of one cell; both are empty where there is none yet."""
 
-    table: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
     info: dict[str, Any]
 
 
-def read_scores(config: StudyConfig) -> dict[Cell, Scores]:
+def read_tables(config: StudyConfig) -> dict[Cell, CellTable]:
     """The tables of all cells."""
     found = {}
     for cell in cells(config):
         path = paths.metrics_path(eval_dir(config, cell), config.num_videos, 1, config.T)
         exists = path.exists()
-        found[cell] = Scores(
+        found[cell] = CellTable(
             metric_tables.read_table(path) if exists else {}, metric_tables.read_info(path)
         )
     return found
@@ -107,7 +107,7 @@ def read_scores(config: StudyConfig) -> dict[Cell, Scores]:
 
 def write_report(config: StudyConfig) -> Path:
     """Write `<out>/tables.md` from all that is there; returns its path. Gaps are shown as "-"."""
-    scores = read_scores(config)
+    tables = read_tables(config)
     parts = [
         f"# {config.dataset}",
         f"{config.num_videos} test videos of {config.T} frames, the first {config.obs_length} "
@@ -115,11 +115,12 @@ def write_report(config: StudyConfig) -> Path:
         "sampled. Mean ± standard error over videos; in brackets the difference, paired over "
         "videos, from the first strategy of the same sampler or, for DDPM, from the same strategy "
         "with the solver. Seconds are those of the sampling command, its start included.",
-        score_table(config, scores),
-        coherence_table(config, scores) if config.dataset in HAS_POSES else "",
+        score_table(config, tables),
+        coherence_table(config, tables) if config.dataset in HAS_POSES else "",
         "## Commands\n\n```bash\n"
         + "\n".join(
-            f"{step.command}  # {step_time(config, step.name)} s" for step in commands(config)
+            f"{command.line}  # {command_time(config, command.name)} s"
+            for command in commands(config)
         )
         + "\n```",
     ]
@@ -130,7 +131,7 @@ def write_report(config: StudyConfig) -> Path:
     return path
 
 
-def score_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
+def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
     """All frames' scores, a row per cell, as markdown; the last row is the floor of FVD and KVD."""
     bound = f"chain of {config.elbo_respacing or 'all'} timesteps"
     heads = [*_heads(config.modes), f"bits/dim ({bound})", "s/video"]
@@ -138,27 +139,27 @@ def score_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
         [
             cell.folder,
             cell.name,
-            *(_score(scores, cell, mode) for mode in config.modes),
+            *(_score(tables, cell, mode) for mode in config.modes),
             _bits(config, cell),
-            step_time(config, cell.step_name, per=config.num_videos),
+            command_time(config, cell.sampled_by, per=config.num_videos),
         ]
-        for cell in scores
+        for cell in tables
     ]
-    floors = [_floor(scores, mode) for mode in config.modes]
+    floors = [_floor(tables, mode) for mode in config.modes]
     if any(floors):
         rows.append(["true videos", "floor", *(floor or "-" for floor in floors), "-", "-"])
     return _markdown(["sampler", "strategy", *heads], rows)
 
 
-def coherence_table(config: StudyConfig, scores: dict[Cell, Scores]) -> str:
-    """Scores of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
+def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
+    """CellTable of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
     modes = [mode for mode in config.modes if mode not in DISTANCES]
     rows = []
-    for cell, (_, info) in scores.items():
+    for cell, (_, info) in tables.items():
         masks = class_masks(config, info, eval_dir(config, cell)) if info else {}
         for name, mask in masks.items():
             counts = [str(mask.sum()), str(mask.any(axis=(1, 2)).sum())]
-            values = [_score(scores, cell, mode, mask) for mode in modes]
+            values = [_score(tables, cell, mode, mask) for mode in modes]
             rows.append([name, cell.folder, cell.name, *counts, *values])
     heads = ["true pose", "sampler", "strategy", "frames", "videos", *_heads(modes)]
     # Rows of one class stand together.
@@ -170,30 +171,30 @@ def _heads(modes: Sequence[str]) -> list[str]:
 
 
 def _score(
-    scores: dict[Cell, Scores], cell: Cell, mode: str, mask: np.ndarray | None = None
+    tables: dict[Cell, CellTable], cell: Cell, mode: str, mask: np.ndarray | None = None
 ) -> str:
     """One metric of one cell, over the frames of `mask` (None: all)."""
-    table, info = scores[cell]
-    if mode not in table:
+    values, info = tables[cell]
+    if mode not in values:
         return "-"
     if mode in DISTANCES:
         return _plus_minus(info["metrics"][mode])
 
-    def summary(values: np.ndarray) -> dict[str, Any]:
-        return metric_tables.summarise(values if mask is None else np.where(mask, values, np.nan))
+    def summary(found: np.ndarray) -> dict[str, Any]:
+        return metric_tables.summarise(found if mask is None else np.where(mask, found, np.nan))
 
-    shown = _plus_minus(summary(table[mode]))
-    other = reference(list(scores), cell)
-    if shown == "-" or other == cell or mode not in scores[other].table:
+    shown = _plus_minus(summary(values[mode]))
+    other = reference(list(tables), cell)
+    if shown == "-" or other == cell or mode not in tables[other].values:
         return shown
     with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
-        difference = table[mode] - scores[other].table[mode]
+        difference = values[mode] - tables[other].values[mode]
     return f"{shown} ({_plus_minus(summary(difference), sign='+')})"
 
 
-def _floor(scores: dict[Cell, Scores], mode: str) -> str:
+def _floor(tables: dict[Cell, CellTable], mode: str) -> str:
     """The distance between true videos that stands in the first table that has one."""
-    for _, info in scores.values():
+    for _, info in tables.values():
         floor = info.get("metrics", {}).get(mode, {}).get("floor")
         if floor:
             return f"{floor['value']:.4g} (n = {floor['n']})"

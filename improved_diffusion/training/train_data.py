@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import TrainConfig
-from improved_diffusion.data.dataset_files import DatasetSpec, VideoFiles, require_length
+from improved_diffusion.data.dataset_files import VideoFiles, require_length
+from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import ShardedSampler, TrainDataset
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -54,6 +55,7 @@ def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None
         max_frames=config.max_frames,
         seed=config.seed,
         pad_with_random_frames=config.pad_with_random_frames,
+        mask_distribution=config.mask_distribution,
     )
 
 

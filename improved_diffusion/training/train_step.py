@@ -52,22 +52,27 @@ class TrainStep:
         network: the network, moved to the device and changed by each update.
         diffusion: the process to train on.
         config: the training options.
+        device: where to train (None: this rank's device).
 
     Raises ValueError for float16 without a GPU.
     """
 
     def __init__(
-        self, network: nn.Module, diffusion: GaussianDiffusion, config: TrainConfig
+        self,
+        network: nn.Module,
+        diffusion: GaussianDiffusion,
+        config: TrainConfig,
+        device: torch.device | None = None,
     ) -> None:
         self.config, self.diffusion = config, diffusion
-        self.device = dist_util.dev()
+        self.device = device or dist_util.dev()
         self._autocast = functools.partial(
             fp16_util.autocast, self.device, precision=config.precision, use_fp16=config.use_fp16
         )
         self._autocast()  # refuses what the device cannot do
         self.step = 0  # updates made
         self.position = 0  # training items consumed by all ranks together
-        self.network = network.to(self.device)
+        self.network = network.to(self.device).train()
         self.params = dict(self.network.named_parameters())
         self.ddp = dist_util.wrap_ddp(self.network)
         trained = compile_network(self.ddp) if config.compile else self.ddp

@@ -1,0 +1,218 @@
+"""What is to be made: which frames of which videos, from what, and into which folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from improved_diffusion import dist_util
+from improved_diffusion.data import paths
+from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
+from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video
+from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
+from improved_diffusion.registry import STRATEGIES
+from improved_diffusion.sampling.options import SampleConfig
+from improved_diffusion.sampling.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One video to make; its noise depends on the seed and these two numbers alone."""
+
+    video: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """How a video is made: the inference strategy and its sizes.
+
+    Attributes:
+        mode: a name in `inference_utils.inference_strategies`.
+        T: frames of a video.
+        obs_length: frames observed at its start.
+        max_frames: frames given to the network at once.
+        step_size: frames to sample in each inference step.
+        options: the strategy's own.
+        schedule: file of observed frames that replace the strategy's choice, or None.
+        device: where frames are embedded, for strategies that look at them.
+    """
+
+    mode: str
+    T: int
+    obs_length: int
+    max_frames: int
+    step_size: int
+    options: Any = None
+    schedule: Path | None = None
+    device: str = "cpu"
+
+    def strategy(self) -> InferenceStrategyBase:
+        """A fresh strategy for one batch of videos. Raises ValueError for sizes that cannot be."""
+        return create_strategy(
+            self.mode,
+            video_length=self.T,
+            num_obs=self.obs_length,
+            max_frames=self.max_frames,
+            step_size=self.step_size,
+            optimal_schedule_path=self.schedule,
+            options=self.options,
+            embed=self._embed,
+        )
+
+    def _embed(self, frames: np.ndarray) -> np.ndarray:
+        """What the strategy asks for by name; its weights are read when frames are there."""
+        from improved_diffusion.sampling.lpips_util import EMBEDDINGS
+
+        name = STRATEGIES[self.mode].embedding(self.options)
+        return EMBEDDINGS[name](frames, device=self.device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command works on: a trained model, a plan for videos, their data, their folder."""
+
+    options: SampleConfig
+    model: TrainedModel
+    plan: VideoPlan
+    dataset: str
+    eval_dir: Path
+
+    @classmethod
+    def resolve(cls, options: SampleConfig) -> Task:
+        """Read the checkpoint, fill in defaults, check sizes.
+
+        Raises ValueError or FileNotFoundError for a user's mistake.
+        """
+        device = dist_util.default_device(options.device)
+        model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
+        dataset = options.override_dataset or model.dataset
+        if not dataset:
+            raise ValueError(
+                f"{options.checkpoint_path} names no data set: give --override_dataset"
+            )
+        T = options.T or model.dataset_spec(dataset).T
+        max_frames = options.max_frames or model.max_frames
+        if max_frames is None:
+            raise ValueError(
+                f"{options.checkpoint_path} does not say its max_frames: give --max_frames"
+            )
+        if model.max_frames is not None and max_frames > model.max_frames:
+            logger.warning(
+                "--max_frames %d is more than the %d trained with", max_frames, model.max_frames
+            )
+        eval_dir = evaluation_dir(options, model.step, T, max_frames)
+        plan = VideoPlan(
+            options.inference_mode,
+            T,
+            options.obs_length,
+            max_frames,
+            options.step_size,
+            options.strategy_options,
+            paths.optimal_schedule_path(eval_dir) if options.optimal else None,
+            device,
+        )
+        return cls(options, model, plan, dataset, eval_dir)
+
+    def source(self) -> VideoTestSet | OneClip:
+        """Where observed frames come from."""
+        if self.options.obs_video:
+            return OneClip(self.options.obs_video, self.model.image_size)
+        return self.videos(self.options.dataset_partition)
+
+    def videos(self, partition: str) -> VideoTestSet:
+        """The videos of a partition of the data set."""
+        spec, cache_dir = self.model.dataset_spec(self.dataset), self.options.cache_dir
+        return get_test_dataset(spec, T=self.plan.T, partition=partition, cache_dir=cache_dir)
+
+    def stored(self) -> dict[str, Any]:
+        """What sample_config.json keeps: all that the samples' values depend on."""
+        options, plan = self.options, self.plan
+        kept = (
+            "checkpoint_path inference_mode step_size obs_length optimal eta timestep_respacing "
+            "precision clip_denoised dataset_partition obs_video seed"
+        )
+        own = STRATEGIES[plan.mode].stored_options(plan.options)
+        return (
+            own
+            | {name: getattr(options, name) for name in kept.split()}
+            | {
+                "checkpoint_step": self.model.step,
+                "dataset": self.dataset,
+                "T": plan.T,
+                "max_frames": plan.max_frames,
+                "sampler": options.sampler_name,
+                "observed_frames": plan.strategy().observed_from_data,
+            }
+        )
+
+
+def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) -> Path:
+    """The evaluation directory that the options name, for a checkpoint of `step` updates."""
+    if options.eval_dir is not None:
+        base = Path(options.eval_dir)
+    else:
+        base = paths.results_dir(options.checkpoint_path, step, options.sampler_suffix)
+    prefix = "trainset_" if options.dataset_partition == "train" else ""
+    if options.override_dataset:
+        prefix += Path(options.override_dataset).name + "_"
+    if options.obs_video:
+        prefix += f"clip-{Path(options.obs_video).stem}_"
+    own = STRATEGIES[options.inference_mode].folder_suffix(options.strategy_options)
+    return base / paths.inference_mode_str(
+        options.inference_mode,
+        max_frames,
+        options.step_size,
+        T,
+        options.obs_length,
+        optimal=options.optimal,
+        prefix=prefix,
+        options=own,
+    )
+
+
+class OneClip:
+    """One's own video file in the place of a test set."""
+
+    def __init__(self, path: str, image_size: int):
+        self.video: OpenVideo = open_video(path)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return 1
+
+    def length(self, index: int) -> int:
+        """Frames in the file."""
+        return self.video.shape[0]
+
+    def read(self, index: int, frame_indices: Sequence[int]) -> np.ndarray:
+        """Frames, cropped and scaled to the network's size: uint8 [n, 3, H, W]."""
+        frames = centre_crop_resize(self.video.read(frame_indices), self.image_size)
+        return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+
+
+def chosen_batches(options: SampleConfig, num_videos: int) -> list[list[Job]]:
+    """All jobs that the options name, a list per batch of videos (array task i: the i-th)."""
+    videos = choose_videos(num_videos, indices=options.indices, subset_size=options.subset_size)
+    samples = range(options.num_samples) if options.sample_idx is None else [options.sample_idx]
+    size = options.batch_size
+    return [
+        [Job(video, sample) for sample in samples for video in videos[start : start + size]]
+        for start in range(0, len(videos), size)
+    ]
+
+
+def own_jobs(batches: list[list[Job]]) -> list[Job]:
+    """The jobs of this process's array task, or all of them; none, and told, past the last task."""
+    task = dist_util.array_task()
+    if task is not None and task >= len(batches):
+        logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
+    return [
+        job for batch in (batches if task is None else batches[task : task + 1]) for job in batch
+    ]
