@@ -150,6 +150,10 @@ STRATEGIES = Registry(
             f"{_STRATEGIES}:AdaptiveHierarchy3",
             "the same in three levels",
         ),
+        "recall-autoreg": (
+            f"{_STRATEGIES}:RecallAutoregressive",
+            "observe the most recent frames, and what followed the moments most like now",
+        ),
         "goal-directed-autoreg": (
             f"{_STRATEGIES}:GoalDirectedAutoregressive",
             "autoreg that observes the last five frames too",
