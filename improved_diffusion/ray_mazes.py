@@ -307,8 +307,9 @@ def _to_bytes(colours: np.ndarray) -> np.ndarray:
 def _shrink(frames: np.ndarray) -> np.ndarray:
     """The means of squares of rays: uint8 [T, n s, n s, 3] -> [T, n, n, 3]."""
     s = SUPERSAMPLING
-    rows = sum(frames[:, i::s].astype(np.uint16) for i in range(s))
-    total = sum(rows[:, :, i::s] for i in range(s))
+    total = np.zeros((len(frames), *(n // s for n in frames.shape[1:3]), 3), dtype=np.uint16)
+    for i in range(s * s):
+        total += frames[:, i // s :: s, i % s :: s]
     return ((total + s * s // 2) // (s * s)).astype(np.uint8)
 
 
