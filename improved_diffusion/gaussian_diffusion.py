@@ -316,9 +316,13 @@ class GaussianDiffusion:
         The KL divergence of DDPM Eq. 5, or at t = 0 the negative log likelihood of the pixels;
         masked, and averaged over all dimensions of the T frames given.
         """
-        x_start, _, x_t, t = noised
+        out = self.distribution(output, noised.x_t, noised.t, clip_denoised=clip_denoised)
+        return self._bound_term(out, noised.x_start, noised.x_t, noised.t, mask)
+
+    def _bound_term(
+        self, out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor, mask: Tensor | None
+    ) -> Tensor:
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
         mean, log_variance = out["mean"], out["log_variance"]
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
@@ -362,10 +366,9 @@ class GaussianDiffusion:
         latent_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """{"output": `bound_term` of the network's output [B], "pred_xstart"}."""
-        output = self.run_model(model, x_t, t, model_kwargs)
-        noised = Noised(x_start, torch.empty(0), x_t, t)
-        bits = self.bound_term(output, noised, latent_mask, clip_denoised=clip_denoised)
-        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
+        out = self.p_mean_variance(model, x_t, t, **options)
+        bits = self._bound_term(out, x_start, x_t, t, latent_mask)
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     @torch.inference_mode()

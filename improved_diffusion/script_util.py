@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -226,3 +227,12 @@ def load_model(path: str, device: str = "cpu") -> TrainedModel:
     model = TrainedModel.load(path, device)
     model.network  # noqa: B018  built now, so that weights that do not fit are told here
     return model
+
+
+def __getattr__(name: str) -> Any:
+    """Names that earlier versions had here."""
+    moved = {"create_model": "sampling.trained_model", "create_diffusion": "sampling.trained_model"}
+    moved["create_train_loop"] = "train_util"
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"improved_diffusion.{moved[name]}"), name)
