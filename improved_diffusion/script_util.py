@@ -214,8 +214,8 @@ def create_model_and_diffusion(**options: Any) -> tuple[nn.Module, SpacedDiffusi
     unknown = sorted(set(options) - set(model_and_diffusion_defaults()))
     if unknown:
         raise ValueError(f"unknown model or diffusion option {', '.join(unknown)}")
-    model, diffusion = (from_options(group, options) for group in (ModelConfig, DiffusionConfig))
-    return create_model(model), create_diffusion(diffusion)
+    network = create_model(from_options(ModelConfig, options))
+    return network, create_diffusion(from_options(DiffusionConfig, options))
 
 
 def load_model(path: str, device: str = "cpu") -> TrainedModel:

@@ -44,6 +44,7 @@ def test_ranks_split_the_videos(checkpoint, tmp_path):  # noqa: F811
     assert_same_video(np.load(together), load(alone, 3))
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path):  # noqa: F811
     whole = sample(checkpoint, indices=(0,), obs_length=1, eval_dir="whole")
     command = [
@@ -179,6 +180,7 @@ class TestOptimalSchedule:
             sample(checkpoint, optimal=True)
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_video_is_that_of_its_bytes(tmp_path):
     """Sampling 600 frames takes no more memory than 40 do, beyond the frames themselves."""
     data = make_folder_dataset(tmp_path / "data", num_test=1)

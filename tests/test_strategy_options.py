@@ -1,15 +1,20 @@
 """A strategy's own options: from its class to flags, folder, stored config and embedding."""
 
 import json
+import re
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import call_main
+from helpers import ROOT, call_main
 from improved_diffusion.config import option
-from improved_diffusion.inference_utils import InferenceStrategyBase, inference_strategies
+from improved_diffusion.inference_utils import (
+    Autoregressive,
+    InferenceStrategyBase,
+    inference_strategies,
+)
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling import lpips_util
 from improved_diffusion.sampling.options import SampleConfig
@@ -78,6 +83,19 @@ def test_an_optimal_schedule_lies_where_the_options_say(sparse, checkpoint):  # 
     search = "--num_videos 1 --num_timesteps 1 --gap 1 --eval_dir out"
     call_main("video_optimal_schedule.py", *words, *search.split())
     assert Path("out/sparse_gap1_optimal_4_2_8_4/optimal_schedule.pt").is_file()
+
+
+def test_the_example_of_readme_runs_as_pasted(sparse, checkpoint):  # noqa: F811
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"```python\n(class Sparse.*?)```", readme, flags=re.S)[1]
+    scope = {"Autoregressive": Autoregressive, "dataclass": dataclass, "option": option}
+    exec(example, scope)
+    inference_strategies["sparse"] = scope["Sparse"]
+    gaps = "--gap 2 --indices 0 --eval_dir out"
+    call_main("video_sample.py", *sample_words(checkpoint), *gaps.split())
+    assert Path("out/sparse_gap2_4_2_8_4/samples/sample_0000-0.npy").is_file()
+    pasted = scope["Sparse"](12, 6, 6, 2, options=scope["Sparse"].Options(gap=2))
+    assert next(pasted) == ([3, 5], [6, 7])
 
 
 def test_a_mistake_names_the_option(sparse):

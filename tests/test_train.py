@@ -112,6 +112,7 @@ def test_help_explains_signals_and_exit_codes(tmp_path):
     assert "SIGUSR1" in done.stdout and f"exit with code {signals.EXIT_INTERRUPTED}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_make_its_folder_says_so_in_one_line(videos, tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     done = train(tmp_path, *flags(videos))
@@ -129,6 +130,7 @@ def test_a_folder_that_is_not_writable_is_named(videos, monkeypatch):
         make_loop(videos, resume_id="run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(videos, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))

@@ -55,6 +55,7 @@ def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_pat
     assert checkpoints.load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 16
 
 
+@pytest.mark.slow
 def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_one(
     videos, tmp_path
 ):
@@ -90,6 +91,7 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
     assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", ["ValueError('rank one is ill')", "RuntimeError('rank one is ill')"]
 )
@@ -127,6 +129,7 @@ RESUME_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "workers", "sampler", "microbatch"), RESUME_CASES)
 def test_resume_equals_an_unbroken_run_for_ranks_workers_samplers_and_microbatches(
     videos, tmp_path, ranks, workers, sampler, microbatch
@@ -168,6 +171,7 @@ def test_resume_equals_an_unbroken_run_for_ranks_workers_samplers_and_microbatch
         assert (state["schedule_sampler"]["counts"] > 1).all()
 
 
+@pytest.mark.slow
 def test_every_launcher_gives_the_same_run(videos, tmp_path):
     options = flags(videos, max_steps=2, save_interval=100)
     srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "4712"}
@@ -195,6 +199,7 @@ def test_every_launcher_gives_the_same_run(videos, tmp_path):
         assert_same_run(tmp_path / "checkpoints" / "mpi", tmp_path / "checkpoints" / name)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_resumes_and_says_so(videos, tmp_path):
     options = flags(videos, resume_id="run", save_interval=100)
     assert train(tmp_path, *options, "--max_steps=1", ranks=2).returncode == 0
@@ -241,6 +246,7 @@ SAME_ITEMS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 def test_two_ranks_of_two_have_the_gradients_of_one_rank_of_four(videos, tmp_path, kind, tolerance):
     import torch
@@ -262,6 +268,7 @@ def test_two_ranks_of_two_have_the_gradients_of_one_rank_of_four(videos, tmp_pat
     assert largest > 1e-3 and worst < tolerance
 
 
+@pytest.mark.slow
 def test_a_collective_that_fails_or_waits_long_is_named(tmp_path):
     body = """
         import logging
