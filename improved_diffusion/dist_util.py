@@ -7,7 +7,6 @@ functions that compute something.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -241,31 +240,6 @@ def dev() -> torch.device:
     return torch.device("cpu")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep memory that tensors free, instead of returning it and asking for it again.
-
-    Every tensor above 32 MB would otherwise be mapped anew, and the page faults of filling it cost
-    several times an addition of it. Does nothing where the C library is another.
-    """
-    m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)  # never
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held so far, in 10^9 bytes: the GPU's, or its own."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 @contextlib.contextmanager
 def collective(what: str) -> Iterator[None]:
     """Around code that waits for other ranks: a long wait, or a failure, is told with `what`."""
@@ -418,10 +392,3 @@ def array_task() -> int | None:
             f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
         )
     return int(task)
-
-
-def default_device(name: str = "") -> str:
-    """`name`, or cuda where there is a GPU, else cpu."""
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -177,9 +177,10 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     A failing rank ends the whole run, so that no other waits for it for ever.
     """
     from improved_diffusion import dist_util
+    from improved_diffusion.data import machine
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    dist_util.keep_freed_memory()
+    machine.keep_freed_memory()
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from improved_diffusion.data import checkpoints, paths, video_io
+from improved_diffusion.data import checkpoints, machine, paths, video_io
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_batch import FrameBatch
@@ -258,7 +258,7 @@ class TrainLoop:
         step, began = self._logged
         self._logged = (self.step, time.perf_counter())
         self.log.add("steps_per_second", (self.step - step) / (self._logged[1] - began))
-        self.log.add("peak_memory_gb", dist_util.peak_memory_gb(self.train_step.device))
+        self.log.add("peak_memory_gb", machine.peak_memory_gb(self.train_step.device))
         self.log.dump(self.step)
 
     def _validate(self) -> None:

@@ -231,9 +231,15 @@ def awake_loop(videos, **options):
     return loop
 
 
+def items(loop):
+    """A batch of training items, as the loader would give it."""
+    keys = [(0, index % len(loop.data)) for index in range(loop.config.batch_size)]
+    return torch.utils.data.default_collate([loop.data[key] for key in keys])
+
+
 def gradients(loop):
-    loop.train_step._update = lambda: None
-    loop.run_step(next(loop._batches()))
+    loop.train_step.optimizer.step = lambda: None
+    loop.run_step(items(loop))
     return [param.grad for param in loop.train_step.network.parameters()]
 
 
@@ -334,14 +340,14 @@ def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
     loop.train_step.loss_scale.log2 = 0.5
     spoil(loop, {0})
     with pytest.raises(ValueError, match="the float16 loss scale fell below 2.0: .* --use_fp16"):
-        loop.run_step(next(loop._batches()))
+        loop.run_step(items(loop))
 
 
 def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
     loop = make_loop(videos)
     loop.train_step.loss_scale = fp16_util.LossScale(0.001)
     loop.train_step.loss_scale.log2 = 200.0
-    assert loop.run_step(next(loop._batches())) is False
+    assert loop.run_step(items(loop)) is False
     assert (loop.step, loop.train_step.loss_scale.log2) == (0, 199.0)
     assert not caplog.records
 
@@ -429,14 +435,14 @@ def test_weights_of_another_network_are_refused(videos):
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     loop = make_loop(videos, max_steps=0, save_interval=100)
-    real = loop.train_step._update
+    real = loop.train_step.optimizer.step
 
     def update():
         real()
-        if loop.step == 3:
+        if loop.step == 2:  # while the third update is made
             os.kill(os.getpid(), number)
 
-    loop.train_step._update = update
+    loop.train_step.optimizer.step = update
     before = signal.getsignal(number)
     assert loop.run_loop() is True
     assert checkpoints.find_resume_step(loop.run.folder) == loop.step == 4

@@ -121,7 +121,7 @@ def rank_script(folder: Path, body: str) -> str:
         "from improved_diffusion import dist_util, registry, resample, train_util\n"
         "from improved_diffusion.training.train_step import TrainStep\n"
         "from improved_diffusion.script_util import run_main\n"
-        "Loop, update = train_util.TrainLoop, TrainStep._update\n"
+        "Loop, update = train_util.TrainLoop, TrainStep.__call__\n"
         + textwrap.dedent(body)
         + "\nrun_main(video_train.main)\n"
     )
