@@ -184,18 +184,24 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     machine.keep_freed_memory()
     try:
         main()
-    except USER_ERRORS as error:
-        print(
-            f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}",
-            file=sys.stderr,
-        )
-        dist_util.abort(1)
-    except (Exception, KeyboardInterrupt):
-        import traceback
+    except (Exception, KeyboardInterrupt) as error:
+        told = _one_line(error)
+        if told:
+            print(f"{os.path.basename(sys.argv[0])}: error: {told}", file=sys.stderr)
+        else:
+            import traceback
 
-        traceback.print_exc()
+            traceback.print_exc()
         dist_util.abort(1)
     sys.exit(0)
+
+
+def _one_line(error: BaseException) -> str:
+    """What a user can do something about, in one line; nothing for a defect."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        first = str(error).partition(". GPU")[0].partition("\n")[0]
+        return f"out of memory ({first or 'the machine has no more'}): try a smaller --batch_size"
+    return " ".join(str(error).split()) if isinstance(error, USER_ERRORS) else ""
 
 
 # ---------------------------------------------------------------- published names

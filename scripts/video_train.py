@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(description, indent=2))
     else:
         try:
-            with dist_util.memory_errors_named("a lower --batch_size or --microbatch"):
-                interrupted = create_train_loop(train, data, model, diffusion).run_loop()
+            interrupted = create_train_loop(train, data, model, diffusion).run_loop()
         except signals.Interrupted:
             interrupted = True
         finally:
