@@ -58,8 +58,7 @@ class GaussianDiffusion:
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a vector of numbers in (0, 1]")
         self.config, self.prediction = config, PREDICTIONS[config.prediction_type]()
-        self.betas = betas
-        self.num_timesteps = len(betas)
+        self.betas, self.num_timesteps = betas, len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         self._tables = self._make_tables()
         self._device_tables: dict[tuple[str, torch.device], Tensor] = {}
@@ -322,8 +321,8 @@ class GaussianDiffusion:
     def _bound_term(
         self, out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor, mask: Tensor | None
     ) -> Tensor:
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         mean, log_variance = out["mean"], out["log_variance"]
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
         nats = torch.where((t == 0)[:, None, None, None, None], -likelihood, kl)
@@ -394,10 +393,13 @@ class GaussianDiffusion:
             noised = self.noised(x_start, t, randn(x_start.shape, generator, x_start.device))
             out = self.vb_terms_bpd(model, x_start, noised.x_t, t, **options)
             xstart = out["pred_xstart"]
-            eps = self.predict_eps_from_xstart(noised.x_t, t, xstart)
+            errors = (
+                xstart - x_start,
+                self.predict_eps_from_xstart(noised.x_t, t, xstart) - noised.noise,
+            )
             columns["vb"].append(out["output"])
-            columns["xstart_mse"].append(masked_mean((xstart - x_start) ** 2, latent_mask))
-            columns["mse"].append(masked_mean((eps - noised.noise) ** 2, latent_mask))
+            for name, error in zip(("xstart_mse", "mse"), errors, strict=True):
+                columns[name].append(masked_mean(error**2, latent_mask))
         terms = {name: torch.stack(values[::-1], dim=1) for name, values in columns.items()}
         prior = self.prior_bpd(x_start, latent_mask)
         return terms | {"prior_bpd": prior, "total_bpd": terms["vb"].sum(dim=1) + prior}

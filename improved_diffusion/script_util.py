@@ -238,7 +238,7 @@ def load_model(path: str, device: str = "cpu") -> TrainedModel:
 def __getattr__(name: str) -> Any:
     """Names that earlier versions had here."""
     moved = {"create_model": "sampling.trained_model", "create_diffusion": "sampling.trained_model"}
-    moved["create_train_loop"] = "train_util"
+    moved["create_train_loop"] = "training.start"
     if name not in moved:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"improved_diffusion.{moved[name]}"), name)
