@@ -8,7 +8,7 @@ from improved_diffusion.script_util import run_main
 def main() -> None:
     """Make it where it is missing."""
     from improved_diffusion.data.dataset_files import dataset_spec, prepare_dataset
-    from improved_diffusion.ray_mazes import IMAGE_SIZE, WORLDS
+    from improved_diffusion.data.ray_mazes import IMAGE_SIZE, WORLDS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", choices=list(WORLDS))

@@ -41,13 +41,14 @@ def required_list(help: str) -> Any:
     return option(help=help, nargs="+", item_type=str, commas=False)
 
 
-def owned_options(registry: Registry, chosen_by: str) -> Any:
+def owned_options(registry: Registry, chosen_by: str = "") -> Any:
     """A dataclass field for the `Options` of the thing in `registry` that the field `chosen_by` names.
 
+    Without `chosen_by`, where several things are chosen: a tuple of the `Options` of all of them.
     The options of all its things are flags. The dataclass calls `fill_options`, so that the field
     may be given as an `Options`, as a mapping of some of them, or not at all.
     """
-    text = f"options of the --{registry.flag} that is chosen"
+    text = f"options of what --{registry.flag} names"
     return field(
         default=None, metadata={"help": text, "owned_by": registry, "chosen_by": chosen_by}
     )
@@ -85,19 +86,47 @@ def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:
         return values
     if is_dataclass(values):
         values = vars(values)
-    known = [item.name for other in option_groups(registry) for item in fields(other)]
-    unknown = sorted(set(values or {}) - set(known))
+    _check_owned(registry, values or {})
+    return group(**{f.name: values[f.name] for f in fields(group) if f.name in (values or {})})
+
+
+def _check_owned(registry: Registry, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of `values` that is an option of nothing in the registry."""
+    known = [item.name for group in option_groups(registry) for item in fields(group)]
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"no --{registry.flag} has an option {unknown[0]}: choose from {known}")
-    return group(**{f.name: values[f.name] for f in fields(group) if f.name in (values or {})})
+
+
+def all_options(registry: Registry, values: Any = None) -> tuple[Any, ...]:
+    """The `Options` of all things in the registry, each class once, with those of `values` it has.
+
+    values: None, a mapping, or some `Options`. Raises ValueError for a key of a mapping that is an
+    option of nothing in the registry, and what the classes raise.
+    """
+    groups = option_groups(registry)
+    if values is not None and not isinstance(values, Mapping):
+        given = {type(options): options for options in values}
+        return tuple(given.get(group) or group() for group in groups)
+    values = values or {}
+    _check_owned(registry, values)
+    return tuple(
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for group in groups
+    )
 
 
 def fill_options(config: Any) -> None:
     """In `__post_init__`: turn each field of `owned_options` into the `Options` of what is chosen."""
     for item in fields(config):
         if "owned_by" in item.metadata:
-            name, given = getattr(config, item.metadata["chosen_by"]), getattr(config, item.name)
-            filled = chosen_options(item.metadata["owned_by"], name, given)
+            registry, given = item.metadata["owned_by"], getattr(config, item.name)
+            name = item.metadata["chosen_by"]
+            filled = (
+                chosen_options(registry, getattr(config, name), given)
+                if name
+                else all_options(registry, given)
+            )
             object.__setattr__(config, item.name, filled)
 
 

@@ -22,12 +22,8 @@ from torch import Tensor
 
 from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data.rng_util import Generators, randn
-from improved_diffusion.losses import (
-    Noised,
-    discretized_gaussian_log_likelihood,
-    masked_mean,
-    normal_kl,
-)
+from improved_diffusion.losses import Noised, masked_mean, normal_kl
+from improved_diffusion.losses import discretized_gaussian_log_likelihood as log_likelihood
 from improved_diffusion.registry import PREDICTIONS
 
 Model = Callable[..., Tensor]
@@ -61,8 +57,7 @@ class GaussianDiffusion:
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a vector of numbers in (0, 1]")
-        self.config = config
-        self.prediction = PREDICTIONS[config.prediction_type]()
+        self.config, self.prediction = config, PREDICTIONS[config.prediction_type]()
         self.betas = betas
         self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
@@ -75,9 +70,8 @@ class GaussianDiffusion:
         bar_prev = np.append(1.0, bar[:-1])
         posterior_variance = self.betas * (1 - bar_prev) / (1 - bar)  # DDPM Eq. 7
         # The first posterior variance is 0: its logarithm is clipped to the next one.
-        clipped = np.append(
-            posterior_variance[1:2] if len(bar) > 1 else self.betas, posterior_variance[1:]
-        )
+        first = posterior_variance[1:2] if len(bar) > 1 else self.betas
+        clipped = np.append(first, posterior_variance[1:])
         return {
             "sqrt_bar": np.sqrt(bar),
             "sqrt_one_minus_bar": np.sqrt(1 - bar),
@@ -123,16 +117,13 @@ class GaussianDiffusion:
 
     def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The clean frames that `eps` implies."""
-        return (
-            self._table("sqrt_recip_bar", t) * x_t
-            - self._table("sqrt_recip_bar_minus_one", t) * eps
-        )
+        scaled = self._table("sqrt_recip_bar_minus_one", t) * eps
+        return self._table("sqrt_recip_bar", t) * x_t - scaled
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """The noise that clean frames `x_start` imply."""
-        return (self._table("sqrt_recip_bar", t) * x_t - x_start) / self._table(
-            "sqrt_recip_bar_minus_one", t
-        )
+        scaled = self._table("sqrt_recip_bar", t) * x_t - x_start
+        return scaled / self._table("sqrt_recip_bar_minus_one", t)
 
     def noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Noised:
         """Clean frames with `noise` in them at timesteps t."""
@@ -168,9 +159,8 @@ class GaussianDiffusion:
         if self.config.learn_sigma:
             output, fraction = output.chunk(2, dim=2)
             fraction = (fraction + 1) / 2  # IDDPM Eq. 15
-            log_variance = fraction * self._table("log_betas", t) + (1 - fraction) * self._table(
-                "posterior_log_variance", t
-            )
+            least = self._table("posterior_log_variance", t)
+            log_variance = fraction * self._table("log_betas", t) + (1 - fraction) * least
             variance = log_variance.exp()
         else:
             fixed = "posterior" if self.config.sigma_small else "large"
@@ -180,12 +170,8 @@ class GaussianDiffusion:
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {
-            "mean": mean,
-            "variance": variance,
-            "log_variance": log_variance,
-            "pred_xstart": pred_xstart,
-        }
+        spread = {"variance": variance, "log_variance": log_variance}
+        return {"mean": mean, **spread, "pred_xstart": pred_xstart}
 
     # ------------------------------------------------------------ one step of sampling
 
@@ -198,20 +184,13 @@ class GaussianDiffusion:
         return mean + not_last * torch.exp(0.5 * log_variance) * noise
 
     def ddim_step(
-        self,
-        x: Tensor,
-        t: Tensor,
-        xstart: Tensor,
-        *,
-        eta: float = 0.0,
-        generator: Generators = None,
+        self, x: Tensor, t: Tensor, xstart: Tensor, *, eta: float, generator: Generators = None
     ) -> Tensor:
         """The same by DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance."""
         eps = self.predict_eps_from_xstart(x, t, xstart)
         bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
         sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
         sample = bar_prev.sqrt() * xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
-        # sigma is 0 at t = 0
         return sample + sigma * randn(x.shape, generator, x.device) if eta else sample
 
     # ------------------------------------------------------------ the published ways to sample
@@ -286,8 +265,7 @@ class GaussianDiffusion:
         """
         kwargs = model_kwargs or {}
         latent_mask = kwargs.get("latent_mask") if latent_mask is None else latent_mask
-        if device is None:
-            device = kwargs["x0"].device if "x0" in kwargs else torch.device("cpu")
+        device = device or (kwargs["x0"].device if "x0" in kwargs else torch.device("cpu"))
         x = randn(shape, generator, device) if noise is None else noise.to(device)
         options = {"clip_denoised": clip_denoised, "model_kwargs": kwargs, "generator": generator}
         for t in self.countdown(shape[0], device):
@@ -341,11 +319,10 @@ class GaussianDiffusion:
         x_start, _, x_t, t = noised
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
-        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
-        nll = -discretized_gaussian_log_likelihood(
-            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
-        )
-        nats = torch.where((t == 0)[:, None, None, None, None], nll, kl)
+        mean, log_variance = out["mean"], out["log_variance"]
+        kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+        likelihood = log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+        nats = torch.where((t == 0)[:, None, None, None, None], -likelihood, kl)
         return masked_mean(nats, mask) / math.log(2.0)
 
     def prior_bpd(self, x_start: Tensor, latent_mask: Tensor | None = None) -> Tensor:
@@ -408,12 +385,11 @@ class GaussianDiffusion:
         [B, num_timesteps], index t.
         """
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        options = {"model_kwargs": model_kwargs, "latent_mask": latent_mask}
+        options: dict[str, Any] = {"model_kwargs": model_kwargs, "latent_mask": latent_mask}
+        options["clip_denoised"] = clip_denoised
         for t in self.countdown(x_start.shape[0], x_start.device):
             noised = self.noised(x_start, t, randn(x_start.shape, generator, x_start.device))
-            out = self.vb_terms_bpd(
-                model, x_start, noised.x_t, t, clip_denoised=clip_denoised, **options
-            )
+            out = self.vb_terms_bpd(model, x_start, noised.x_t, t, **options)
             xstart = out["pred_xstart"]
             eps = self.predict_eps_from_xstart(noised.x_t, t, xstart)
             columns["vb"].append(out["output"])

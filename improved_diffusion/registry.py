@@ -9,6 +9,7 @@ command's `main` is called. CONTRIBUTING.md shows one of each kind.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -62,6 +63,39 @@ class Registry(MutableMapping[str, Any]):
         return "\n".join(
             f"{name}: {text}" if text else name for name, (_, text) in self._entries.items()
         )
+
+
+class JoinedRegistry(Registry):
+    """Several registries of one flag, read as one; what is added later to any of them counts."""
+
+    def __init__(self, flag: str, *parts: Registry) -> None:
+        super().__init__(flag, {})
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Any:
+        for part in self._parts:
+            if name in part:
+                return part[name]
+        return super().__getitem__(name)  # which says that it is unknown
+
+    def __setitem__(self, name: str, thing: Any) -> None:
+        raise TypeError(f"{name!r} must be added to one of the registries that are joined here")
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name!r} must be deleted from the registry that holds it")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(*self._parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def help(self) -> str:
+        """As `Registry.help`, of all parts."""
+        return "\n".join(part.help() for part in self._parts)
 
 
 _HERE = "improved_diffusion"
@@ -184,4 +218,27 @@ DATASETS = Registry(
         "carla_with_traffic": (f"{_SPECS}:CARLA_WITH_TRAFFIC", "the same among other cars"),
         "carla_town02_no_traffic": (f"{_SPECS}:CARLA_TOWN02_NO_TRAFFIC", "the same in Town 2"),
     },
+)
+
+FRAME_METRICS = Registry(
+    "modes",
+    {
+        "psnr": (f"{_HERE}.evaluation.metrics:Psnr", "peak signal-to-noise ratio"),
+        "ssim": (f"{_HERE}.evaluation.metrics:Ssim", "structural similarity"),
+        "lpips": (f"{_HERE}.evaluation.metrics:Lpips", "distance of AlexNet features"),
+    },
+)
+
+VIDEO_METRICS = Registry(
+    "modes",
+    {
+        "fvd": (f"{_HERE}.evaluation.metrics:Fvd", "Fréchet distance of sets of videos"),
+        "kvd": (f"{_HERE}.evaluation.metrics:Kvd", "kernel distance of sets of videos"),
+    },
+)
+
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
+
+FEATURES = Registry(
+    "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
 )

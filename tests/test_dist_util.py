@@ -15,8 +15,11 @@ LAUNCH_VARIABLES = (
     "WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
     "SLURM_PROCID",
+    "PMI_SIZE",
     *dist_util.MPI_RANK_VARIABLES,
+    *dist_util.MPIEXEC_VARIABLES,
 )
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,15 @@ LAUNCH_VARIABLES = (
         ({}, ""),
         ({"OMPI_ALLOW_RUN_AS_ROOT": "1", "PMIX_MCA_gds": "hash"}, ""),
         ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "0"}, "torchrun"),
-        ({"PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "mpi"),
+        # mpiexec inside a job, whose helpers MPICH starts with srun
+        ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}, "mpi"),
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, "mpi"),
+        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, "mpi"),
+        ({**SRUN, "PMIX_RANK": "1", "OMPI_COMM_WORLD_RANK": "1"}, "mpi"),
+        # srun with MpiDefault=pmi2 and pmix
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9"}, "srun"),
+        ({**SRUN, "PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0"}, "srun"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0"}, ""),
         ({"OMPI_COMM_WORLD_RANK": "1"}, "mpi"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "srun"),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ""),
@@ -119,10 +130,16 @@ def test_mpiexec_without_an_mpi_library_is_one_line(tmp_path):
 
 
 COLLECTIVES = """
+    from pathlib import Path
+
     import torch
     from improved_diffusion import dist_util
 
+    def threads():
+        return [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+
     dist_util.setup_dist()
+    assert any("gloo" in name for name in threads())
     rank = dist_util.rank()
     assert dist_util.world_size() == 2 and dist_util.local_rank() == rank
     assert dist_util.is_main() == (rank == 0)
@@ -144,6 +161,7 @@ COLLECTIVES = """
     assert (model.weight.grad == 0.5).all()
     dist_util.cleanup()
     assert dist_util.world_size() == 1
+    assert not any("gloo" in name for name in threads())  # one at exit can abort the process
     print("fine", flush=True)
 """
 
@@ -164,6 +182,7 @@ def test_srun_variables_are_enough(tmp_path):
     script.write_text(textwrap.dedent(COLLECTIVES.format(torchrun=True)))
     common = {
         "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(dist_util.__file__).parents[1]),
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }

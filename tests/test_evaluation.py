@@ -13,9 +13,15 @@ import torch
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
 from improved_diffusion.evaluation import evaluate as evaluation
+from improved_diffusion.evaluation import features as extractors
 from improved_diffusion.evaluation import metric_tables, metrics
+from improved_diffusion.evaluation.cache import Cache
+from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
+from improved_diffusion.evaluation.scored_set import ScoredSet
+from improved_diffusion.registry import FRAME_METRICS, METRICS
 from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.script_util import config_from_args
 
 T, OBSERVED, NUM_VIDEOS = 12, 3, 3
 
@@ -76,8 +82,13 @@ def truth(tmp_path: Path, video: int, partition: str = "test") -> np.ndarray:
 
 
 def outcome(*folders: EvalDir, **options) -> evaluation.Outcome:
+    return evaluation.evaluate(configure(*folders, **options))
+
+
+def configure(*folders: EvalDir, **options) -> EvalConfig:
+    """The options of an evaluation, those that metrics own among them, by their flags' names."""
     paths = tuple(str(folder.path) for folder in folders)
-    return evaluation.evaluate(EvalConfig(**({"eval_dir": paths, "modes": ("psnr",)} | options)))
+    return config_from_args(EvalConfig, {"eval_dir": paths, "modes": ("psnr",)} | options)
 
 
 def evaluate(eval_dir: EvalDir, **options) -> dict[str, np.ndarray]:
@@ -94,13 +105,13 @@ def info(eval_dir: EvalDir, name: str = "metrics_3-2-12.json") -> dict:
 def count_calls(monkeypatch, mode: str) -> list[int]:
     """Replaces a metric by one that takes down its calls."""
     calls: list[int] = []
-    original = metrics.METRICS[mode]
+    original = FRAME_METRICS[mode].compute
 
-    def counting(*arrays, **options):
-        calls.append(len(arrays[0]))
-        return original(*arrays, **options)
+    def counting(self, samples, truth):
+        calls.append(len(samples))
+        return original(self, samples, truth)
 
-    monkeypatch.setitem(evaluation.METRICS, mode, counting)
+    monkeypatch.setattr(FRAME_METRICS[mode], "compute", counting)
     return calls
 
 
@@ -111,7 +122,7 @@ def count_features(monkeypatch) -> list[tuple[int, ...]]:
         calls.append(videos.shape)
         return frechet_video_distance.video_features(videos, **options)
 
-    monkeypatch.setattr(evaluation, "video_features", counting)
+    monkeypatch.setattr(extractors, "video_features", counting)
     return calls
 
 
@@ -278,6 +289,29 @@ def test_metrics_are_added_to_those_that_are_there_but_not_to_stale_ones(eval_di
     assert set(evaluate(eval_dir, modes=("ssim",))) == {"ssim"}
 
 
+def test_values_are_looked_up_in_any_order(eval_dir, tmp_path, i3d):
+    """Nothing must be called before a lookup: each video's hash is taken when it is needed."""
+    options = {"modes": ("psnr", "fvd"), "i3d_weights": i3d}
+    config = configure(eval_dir, **options)
+    table = evaluate(eval_dir, **options)
+    ready, _ = Workshop(config).metrics()
+    measured = Measurements(
+        ScoredSet.resolve(config, eval_dir.path),
+        ready,
+        Cache([eval_dir.path / "metrics_cache"]),
+        floor=False,
+    )
+    for name in ("fvd", "psnr"):
+        found = measured.values(name, ready[name].settings)
+        np.testing.assert_array_equal(found, table[name])
+    eval_dir.save_sample(1, 0, noisy(tmp_path, 1, 7))
+    measured.compute(2)
+    assert measured.values("psnr", {}) is not None, "it is about the videos as they were read"
+    measured.compute(1)
+    changed = (measured.values("psnr", {}) != table["psnr"]).any(axis=-1)
+    assert changed.sum() == 1 and changed[1, 0]
+
+
 # ---------------------------------------------------------------- array jobs
 
 
@@ -362,8 +396,7 @@ def test_several_directories_share_the_truth_and_one_table(
         for sample in range(2):
             other.save_sample(video, sample, noisy(tmp_path, video, 5 + sample))
     videos = count_features(monkeypatch)
-    folders = (str(eval_dir.path), str(other.path))
-    evaluation.run(EvalConfig(eval_dir=folders, modes=("psnr", "fvd"), i3d_weights=i3d))
+    evaluation.run(configure(eval_dir, other, modes=("psnr", "fvd"), i3d_weights=i3d))
     assert len(videos) == 6 + 6 + 3, "the truth's features are computed once"
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[:3] for row in rows[1:5]] == [
@@ -384,8 +417,7 @@ def test_directories_of_other_videos_or_lengths_are_not_compared_silently(
     ):
         outcome(eval_dir, fewer)
     assert not calls, "refused before anything is computed"
-    folders = (str(eval_dir.path), str(fewer.path))
-    evaluation.run(EvalConfig(eval_dir=folders, modes=("psnr",), allow_differences=True))
+    evaluation.run(configure(eval_dir, fewer, allow_differences=True))
     assert "differ in videos" in caplog.text and "fewer" in capsys.readouterr().out
 
 
@@ -397,9 +429,8 @@ def test_metrics_of_other_settings_are_not_compared_silently(eval_dir, tmp_path,
     evaluate(eval_dir, **options)
     evaluate(other, **options, **change)
     (name,) = [key.removeprefix("ssim_") for key in change]
-    folders = (str(eval_dir.path), str(other.path))
     with pytest.raises(ValueError, match=f"differ in (fvd|ssim) {name}"):
-        evaluation.run(EvalConfig(eval_dir=folders, modes=("psnr",)))
+        evaluation.run(configure(eval_dir, other))
 
 
 # ---------------------------------------------------------------- missing weights
@@ -446,7 +477,7 @@ def test_lpips_is_cached_by_the_content_of_its_weights(eval_dir, tmp_path, monke
         used.append(weights)
         return np.zeros(len(samples))
 
-    monkeypatch.setitem(evaluation.METRICS, "lpips", fake)
+    monkeypatch.setattr(metrics, "lpips", fake)
     weights = tmp_path / "alexnet.pth"
     for content, calls in ((b"one", 6), (b"one", 6), (b"two", 12)):
         weights.write_bytes(content)
@@ -459,7 +490,7 @@ def test_lpips_is_cached_by_the_content_of_its_weights(eval_dir, tmp_path, monke
 def test_the_fetched_weights_score_all_five_metrics(tmp_path):
     make_folder_dataset(tmp_path / "data", T=T)
     directory = make_eval_dir(tmp_path, "autoreg", num_videos=2)
-    table = evaluate(directory, modes=evaluation.MODES, num_samples=1)
+    table = evaluate(directory, modes=tuple(METRICS), num_samples=1)
     assert table["lpips"].shape == (2, 1, T - OBSERVED) and (table["lpips"] > 0).all()
     assert table["fvd"].shape == (1,) and table["fvd"][0] > 0
 

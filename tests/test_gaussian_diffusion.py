@@ -169,8 +169,14 @@ def test_kl_of_gaussians_equals_torchs():
 def test_the_linear_schedule_refuses_too_few_steps():
     with pytest.raises(ValueError, match="cosine"):
         get_named_beta_schedule("linear", 20)
-    assert get_named_beta_schedule("linear", 21).max() < 1
-    assert get_named_beta_schedule("cosine", 2).max() <= 0.999
+    fewest = get_named_beta_schedule(
+        "linear", 21
+    )  # 1e-4 to 0.02 at 1000 steps, 1000 / 21 times that
+    np.testing.assert_allclose(fewest, np.linspace(0.1 / 21, 20 / 21, 21))
+    bar = np.cos((np.array([0, 0.5]) + 0.008) / 1.008 * np.pi / 2) ** 2  # Improved DDPM Eq. 17
+    np.testing.assert_allclose(
+        get_named_beta_schedule("cosine", 2), [1 - bar[1] / bar[0], 0.999], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("respacing, expected", [

@@ -13,6 +13,7 @@ import torch
 from golden_fill import array
 from improved_diffusion.data.metric_weights import ALEXNET_FILE, find_alexnet
 from improved_diffusion.evaluation import metrics
+from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.lpips_util import load_lpips, lpips_distance, lpips_embedding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
@@ -85,14 +86,15 @@ def test_equal_frames_have_infinite_psnr_and_ssim_one(frames):
 
 def test_no_frames_give_no_numbers(random_alexnet):
     none = np.empty((0, 3, 32, 32), np.uint8)
-    for name, options in (("psnr", {}), ("ssim", {}), ("lpips", {"weights": random_alexnet})):
-        values = metrics.METRICS[name](none, none, **options)
+    options = {metrics.Lpips: metrics.Lpips.Options(lpips_weights=str(random_alexnet))}
+    for metric in FRAME_METRICS.values():
+        values = metric(options.get(metric)).compute(none, none)
         assert values.shape == (0,) and values.dtype == np.float64
 
 
-@pytest.mark.parametrize("name", sorted(metrics.METRICS))
+@pytest.mark.parametrize("name", sorted(FRAME_METRICS))
 def test_frames_of_another_type_or_layout_are_refused(name, frames):
-    metric = metrics.METRICS[name]
+    metric = FRAME_METRICS[name]().compute
     with pytest.raises(ValueError, match=r"samples: float64 \[4, 3, 64, 64\] is not uint8"):
         metric(frames[0] / 255.0, frames[1])
     with pytest.raises(ValueError, match=r"truth: uint8 \[4, 64, 64, 3\] is not uint8 \[n, 3"):

@@ -9,7 +9,6 @@ import torch
 
 from golden_fill import array
 from helpers import make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion import gaussian_diffusion
 from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.rng_util import make_generator
@@ -96,15 +95,16 @@ def test_a_step_equals_the_published_loop_given_the_same_noise(frames, monkeypat
         generator = make_generator(0, 5, 2, t)
         noise[0, NUM_OBSERVED:] = torch.randn(T - NUM_OBSERVED, 3, SIZE, SIZE, generator=generator)
         noises.append(noise)
-    monkeypatch.setattr(gaussian_diffusion, "randn", lambda *args: noises.pop(0))
     x0 = torch.from_numpy(frames)[None].float() / 127.5 - 1
     mask = torch.ones(1, T, 1, 1, 1)
     mask[:, :NUM_OBSERVED] = 0
     indices = torch.tensor([[0, 3, 6, 7]])
     kwargs = {"x0": x0, "obs_mask": 1 - mask, "latent_mask": mask, "frame_indices": indices}
-    terms = bound.denoiser.diffusion.calc_bpd_loop(
-        nosy_model, x0, model_kwargs=kwargs, latent_mask=mask
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape, **options: noises.pop(0))
+        terms = bound.denoiser.diffusion.calc_bpd_loop(
+            nosy_model, x0, model_kwargs=kwargs, latent_mask=mask
+        )
     expected = float(terms["total_bpd"]) * x0.numel()
     assert not noises
     assert of_step(bound, frames) == pytest.approx(expected, rel=1e-5)
@@ -196,7 +196,7 @@ def test_a_step_of_the_network_is_bounded_on_the_frames_of_the_strategy(checkpoi
         diffusion_steps=3, noise_schedule="cosine", predict_xstart=True
     ))  # fmt: skip
     video = np.load(tmp_path / "data/test/2.npy").transpose(0, 3, 1, 2)
-    bound = nll.Bound(model, diffusion, seed=0, batch_size=3, device="cpu")
+    bound = nll.StepBound(Denoiser(model, diffusion), seed=0, batch_size=3, device="cpu")
     for step, indices in enumerate(([2, 3, 4, 5], [4, 5, 6, 7])):
         expected = bound(video[indices], indices, 2, (2, step))
         assert load(bounds, 2)[step] == pytest.approx(expected, rel=1e-5)
@@ -224,7 +224,7 @@ def test_finished_videos_are_skipped_and_unfinished_ones_go_on(checkpoint, monke
     stamp = kept.stat().st_mtime_ns
     broken.write_bytes(broken.read_bytes()[:-3])
     steps = []
-    original = nll.Bound.__call__
+    original = nll.StepBound.__call__
 
     def dying(self, frames, indices, num_observed, key):
         if len(steps) == 1:
@@ -233,7 +233,7 @@ def test_finished_videos_are_skipped_and_unfinished_ones_go_on(checkpoint, monke
         steps.append(key)
         return original(self, frames, indices, num_observed, key)
 
-    monkeypatch.setattr(nll.Bound, "__call__", dying)
+    monkeypatch.setattr(nll.StepBound, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
         bound_dataset(checkpoint)
     bound_dataset(checkpoint)

@@ -4,10 +4,10 @@ import threading
 import numpy as np
 import pytest
 
-from improved_diffusion import ray_mazes
+from improved_diffusion.data import ray_mazes
 from improved_diffusion.data.dataset_files import dataset_spec, prepare_dataset
+from improved_diffusion.data.ray_mazes import OPEN, Maze, Walk, make_dataset, make_video
 from improved_diffusion.data.video_datasets import get_test_dataset
-from improved_diffusion.ray_mazes import OPEN, Maze, Walk, make_dataset, make_video
 from improved_diffusion.registry import DATASETS
 
 WORLDS = ("colour_mazes", "maze_laps")

@@ -137,6 +137,7 @@ def test_the_resume_command_has_the_launcher_and_replaces_old_resume_options(
     assert runs.resume_command("b").startswith(f"DIFFUSION_BLOB_LOGDIR='/my runs' {start} train.py")
 
 
+@pytest.mark.slow
 def test_the_printed_resume_command_resumes(videos, tmp_path):
     done = train(tmp_path, *flags(videos, max_steps=2), "--resume_id=a b")
     command = done.stderr.strip().splitlines()[-1].removeprefix("to resume: ")

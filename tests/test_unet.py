@@ -160,6 +160,7 @@ def test_bfloat16_stays_within_four_percent_of_float32():
     assert 0 < error < 4e-2
 
 
+@pytest.mark.slow
 def test_the_compiled_network_equals_the_eager_one():
     block = make_stage(torch.float32)[0]
     x, context = make_inputs(torch.float32)

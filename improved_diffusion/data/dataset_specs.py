@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from improved_diffusion import bouncy_balls, ray_mazes
-from improved_diffusion.data import paths, video_io
+from improved_diffusion import bouncy_balls
+from improved_diffusion.data import paths, ray_mazes, video_io
 
 CSV_LINE = re.compile(r"\d+,(.+)")
 

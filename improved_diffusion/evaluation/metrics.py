@@ -1,18 +1,158 @@
-"""Per-frame metrics of samples against the truth: arrays in, one float64 number per frame out.
+"""Metrics: of each frame against the truth, and of whole sets of videos.
 
-`METRICS` maps a metric's name to a function (samples, truth) -> [n]. Both arguments are uint8
-[n, 3, H, W]. Libraries are imported by the function that needs them.
+A metric is one class here and one line of `registry.FRAME_METRICS` or `registry.VIDEO_METRICS`,
+under whose name it is asked for (`--modes`), cached and tabled. Options of its own are the fields
+of its class `Options`: they become flags of every command that computes metrics. Libraries are
+imported by the function that needs them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
+from improved_diffusion.config import NoOptions, option
+from improved_diffusion.data.metric_weights import find_alexnet, sha256
+from improved_diffusion.frechet_video_distance import frechet_distance, kernel_distance
+
 # Frames that the LPIPS network sees at once: bounds its memory, changes no value.
 LPIPS_CHUNK = 64
+
+
+# ---------------------------------------------------------------- what metrics are
+
+
+class Measure:
+    """What is computed of videos: a metric, or the features that one needs.
+
+    Args:
+        options: an instance of the class's `Options` (None: all defaults).
+        device: torch device, for those that use one.
+    """
+
+    unit: ClassVar[str] = ""
+
+    # A frozen dataclass of fields made by `config.option`, each a flag of that name.
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, options: Any = None, *, device: str = "cpu") -> None:
+        self.options = self.Options() if options is None else options
+        self.device = device
+
+    def settings(self) -> dict[str, Any]:
+        """All that the values depend on beside the videos, as plain values; by default the options.
+
+        They stand beside the numbers, and results are cached by them. Raises ValueError or
+        FileNotFoundError where nothing can be computed, for instance without weights.
+        """
+        return dataclasses.asdict(self.options)
+
+
+class FrameMetric(Measure, ABC):
+    """One number for each frame of a sample, beside the frame that is true."""
+
+    @abstractmethod
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """[n] floats of frames uint8 [n, 3, H, W], twice.
+
+        Raises ValueError for frames that have no such number.
+        """
+
+
+class FeatureExtractor(Measure, ABC):
+    """Features of one video, from which metrics of whole videos are computed."""
+
+    @property
+    def backend(self) -> str:
+        """The library that computes; FVD is left to the same one, as published numbers are."""
+        return "torch"
+
+    @abstractmethod
+    def compute(self, video: np.ndarray) -> np.ndarray:
+        """Float [d] of frames uint8 [T, 3, H, W]. Raises ValueError for a video that has none."""
+
+
+class VideoMetric(Measure, ABC):
+    """One number for a set of samples beside the set of true videos, from features of both.
+
+    Args:
+        extractor: what has computed the features; others as `Measure`.
+    """
+
+    # The extractor that it needs, by its name in `registry.FEATURES`; "": that of --features.
+    features: ClassVar[str] = ""
+
+    def __init__(
+        self, options: Any = None, *, device: str = "cpu", extractor: FeatureExtractor | None = None
+    ) -> None:
+        super().__init__(options, device=device)
+        self.extractor = extractor
+
+    @abstractmethod
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
+        """The number of features [n, d] of samples and [m, d] of true videos.
+
+        Raises ValueError for features that have no such number.
+        """
+
+
+# ---------------------------------------------------------------- of each frame
+
+
+class Psnr(FrameMetric):
+    """Peak signal-to-noise ratio of each frame."""
+
+    unit = "dB"
+
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        return psnr(samples, truth)
+
+
+class Ssim(FrameMetric):
+    """Structural similarity of each frame."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """The range that the stabilising constants assume."""
+
+        ssim_data_range: float = option(
+            1.0,
+            "range that SSIM assumes of frames in [0, 1]; 2 reproduces numbers of old scikit-image",
+        )
+
+        def __post_init__(self) -> None:
+            if not self.ssim_data_range > 0:
+                raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
+
+    def settings(self) -> dict[str, Any]:
+        return {"data_range": self.options.ssim_data_range}
+
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        return ssim(samples, truth, data_range=self.options.ssim_data_range)
+
+
+class Lpips(FrameMetric):
+    """LPIPS (AlexNet, version 0.1) of each frame."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """The weights of the backbone."""
+
+        lpips_weights: str | None = option(
+            None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"weights_sha256": sha256(find_alexnet(self.options.lpips_weights))}
+
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        weights = self.options.lpips_weights
+        return lpips(samples, truth, device=self.device, weights=weights)
 
 
 def psnr(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -97,4 +237,19 @@ def _symmetric(frames: np.ndarray) -> np.ndarray:
     return frames.astype(np.float32) / 127.5 - 1
 
 
-METRICS: dict[str, Callable[..., np.ndarray]] = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+# ---------------------------------------------------------------- of whole videos
+
+
+class Fvd(VideoMetric):
+    """Fréchet distance between the sets, by the library that computed the features."""
+
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
+        backend = self.extractor.backend if self.extractor else "torch"
+        return frechet_distance(samples, truth, backend=backend)
+
+
+class Kvd(VideoMetric):
+    """Kernel distance between the sets (unbiased squared maximum mean discrepancy)."""
+
+    def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
+        return kernel_distance(samples, truth)

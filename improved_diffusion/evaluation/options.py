@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
 
 from improved_diffusion.config import (
     check_choices,
     check_known,
     check_positive,
+    fill_options,
     option,
+    owned_options,
     required_list,
 )
+from improved_diffusion.registry import FEATURES, METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.options import SampleConfig
+
+
+def as_words(groups: Iterable[Any]) -> tuple[str, ...]:
+    """Options that differ from their defaults, as a user types them."""
+    words: list[str] = []
+    for group in groups:
+        for item in fields(group):
+            value = getattr(group, item.name)
+            if value != item.default:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{item.name}", *map(str, values)]
+    return tuple(words)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation (evaluation.py)."""
+    """One evaluation (evaluate.py)."""
 
     eval_dir: tuple[str, ...] = required_list(
         "evaluation directory: the folder that holds samples/ (required); several are "
@@ -27,7 +44,8 @@ class EvalConfig:
     )
     modes: tuple[str, ...] = option(
         ("psnr", "ssim", "lpips"),
-        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        "metrics to compute, of",
+        choices=METRICS,
         nargs="+",
         item_type=str,
     )
@@ -40,21 +58,9 @@ class EvalConfig:
     cache_dir: str | None = option(None, "copy true videos here on first use, and read them here")
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
-    ssim_data_range: float = option(
-        1.0, "range that SSIM assumes of frames in [0, 1]; 2 reproduces numbers of old scikit-image"
-    )
-    lpips_weights: str | None = option(
-        None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
-    )
-    backend: str = option("torch", "what computes FVD and KVD", choices=("torch", "tensorflow"))
-    resize: str = option(
-        "legacy",
-        "how FVD and KVD scale frames: TF1's way, as published numbers do, or today's",
-        choices=("legacy", "half-pixel"),
-    )
-    i3d_weights: str | None = option(
-        None, "I3D file, or TF-Hub folder (default: what fetch_metric_weights.py stored)"
-    )
+    features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
+    metric_options: Any = owned_options(METRICS)
+    feature_options: Any = owned_options(FEATURES)
     floor: bool = option(
         False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
     )
@@ -64,11 +70,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         if self.dataset_partition is not None:
             check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
         check_positive(self, "num_samples", "T", "batch_size")
-        if self.ssim_data_range <= 0:
-            raise ValueError(f"--ssim_data_range {self.ssim_data_range}: must be above 0")
+        if self.floor and not any(mode in VIDEO_METRICS for mode in self.modes):
+            raise ValueError(
+                f"--floor goes with --modes {' or '.join(VIDEO_METRICS)}: add one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class FvdConfig(EvalConfig):
 
     modes: tuple[str, ...] = option(
         ("fvd", "kvd"),
-        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        "metrics to compute, of",
+        choices=METRICS,
         nargs="+",
         item_type=str,
     )

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from improved_diffusion.config import check_positive, option
+from improved_diffusion.config import (
+    check_choices,
+    check_positive,
+    fill_options,
+    option,
+    owned_options,
+)
+from improved_diffusion.registry import FEATURES, METRICS
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,20 @@ class StudyConfig:
     )
     modes: tuple[str, ...] = option(
         ("psnr", "ssim", "lpips", "fvd"),
-        "metrics to compute, of psnr, ssim, lpips, fvd, kvd",
+        "metrics to compute, of",
+        choices=METRICS,
         nargs="+",
         item_type=str,
     )
+    features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
+    metric_options: Any = owned_options(METRICS)
+    feature_options: Any = owned_options(FEATURES)
     device: str = option("", "torch device (default: cuda if there is one)")
     seed: int = option(0, "seed of the noise")
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        fill_options(self)
         check_positive(self, "solver_steps", "ddpm_steps")
         if self.elbo_videos < 0:
             raise ValueError(f"--elbo_videos {self.elbo_videos}: must not be negative")

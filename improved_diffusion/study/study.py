@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from improved_diffusion.config import check_known
+from improved_diffusion.config import defaults
 from improved_diffusion.data import paths
 from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.dist_util import array_task
-from improved_diffusion.evaluation.evaluate import DISTANCES, MODES
+from improved_diffusion.evaluation.options import EvalConfig, as_words
 from improved_diffusion.inference_utils import create_strategy
-from improved_diffusion.registry import STRATEGIES
+from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
 from improved_diffusion.sampling.results import read_json, write_json
 from improved_diffusion.study.commands import command_line
 from improved_diffusion.study.options import StudyConfig
@@ -66,7 +66,6 @@ def resolve(config: StudyConfig) -> StudyConfig:
     }
     left_open = {key: v for key, v in preset.items() if getattr(config, key) in (None, "", -1)}
     config = dataclasses.replace(config, **left_open)
-    check_known("modes", config.modes, MODES)
     for mode in dict.fromkeys(cell.strategy for cell in cells(config)):
         strategy = create_strategy(
             mode,
@@ -230,16 +229,26 @@ def _bound_command(config: StudyConfig, cell: Cell) -> Command:
 
 def _score_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
     """One command per table, so that the truth's features are computed once for all strategies."""
-    frame_modes = [mode for mode in config.modes if mode not in DISTANCES]
-    video_modes = [mode for mode in config.modes if mode in DISTANCES]
+    frame_modes = [mode for mode in config.modes if mode not in VIDEO_METRICS]
+    video_modes = [mode for mode in config.modes if mode in VIDEO_METRICS]
     for name, dirs in _tables(config, chosen).items():
         result = paths.metrics_path(dirs[-1], config.num_videos, 1, config.T)
-        shared = ("--eval_dir", *map(str, dirs), *_device_options(config), "--modes")
+        shared = (
+            *("--eval_dir", *map(str, dirs), *_device_options(config), *_metric_words(config)),
+            "--modes",
+        )
         if frame_modes:
             yield Command(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
         if video_modes:
             options = (*shared, *video_modes, "--floor")
             yield Command(f"fvd.{name}", "video_eval_fvd.py", options, result)
+
+
+def _metric_words(config: StudyConfig) -> tuple[str, ...]:
+    """The options of metrics that differ from their defaults."""
+    first = defaults(EvalConfig)["features"]
+    features = () if config.features == first else ("--features", config.features)
+    return (*features, *as_words((*config.metric_options, *config.feature_options)))
 
 
 def _picture_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:

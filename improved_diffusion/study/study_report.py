@@ -16,7 +16,7 @@ import numpy as np
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import metric_tables
-from improved_diffusion.evaluation.evaluate import DISTANCES
+from improved_diffusion.registry import METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.trained_model import stored_dataset
 from improved_diffusion.study.options import StudyConfig
@@ -153,7 +153,7 @@ def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
 
 def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
     """CellTable of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
-    modes = [mode for mode in config.modes if mode not in DISTANCES]
+    modes = [mode for mode in config.modes if mode not in VIDEO_METRICS]
     rows = []
     for cell, (_, info) in tables.items():
         masks = class_masks(config, info, eval_dir(config, cell)) if info else {}
@@ -167,7 +167,11 @@ def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
 
 
 def _heads(modes: Sequence[str]) -> list[str]:
-    return [f"{mode.upper()} (dB)" if mode == "psnr" else mode.upper() for mode in modes]
+    units = [METRICS[mode].unit for mode in modes]
+    return [
+        f"{mode.upper()} ({unit})" if unit else mode.upper()
+        for mode, unit in zip(modes, units, strict=True)
+    ]
 
 
 def _score(
@@ -177,7 +181,7 @@ def _score(
     values, info = tables[cell]
     if mode not in values:
         return "-"
-    if mode in DISTANCES:
+    if mode in VIDEO_METRICS:
         return _plus_minus(info["metrics"][mode])
 
     def summary(found: np.ndarray) -> dict[str, Any]:

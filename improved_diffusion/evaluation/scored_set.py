@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
+from improved_diffusion.evaluation.cache import content_digest
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.sampling.trained_model import stored_dataset
@@ -18,12 +22,39 @@ from improved_diffusion.sampling.trained_model import stored_dataset
 logger = logging.getLogger(__name__)
 
 
+class Clip:
+    """A video on disk, known by its label.
+
+    Args:
+        label: what its results are called in the cache.
+        read: returns its frames, uint8 [length, 3, H, W].
+    """
+
+    def __init__(self, label: str, read: Callable[[], np.ndarray]) -> None:
+        self.label = label
+        self._read = read
+        self._digest = ""
+
+    def frames(self) -> np.ndarray:
+        """The frames, uint8 [length, 3, H, W], as the file holds them now."""
+        frames = self._read()
+        self._digest = content_digest(frames)
+        return frames
+
+    @property
+    def digest(self) -> str:
+        """The hash of the frames that were read last; they are read if none were yet."""
+        if not self._digest:
+            self.frames()
+        return self._digest
+
+
 @dataclass(frozen=True)
-class Scoring:
+class ScoredSet:
     """What is scored: which videos and samples, against what, and which frames count."""
 
     eval_dir: EvalDir
-    truth: VideoTestSet
+    test_set: VideoTestSet
     partition: str
     videos: list[int]
     samples: list[int]
@@ -32,7 +63,7 @@ class Scoring:
     predicted: np.ndarray  # those of them that were sampled
 
     @classmethod
-    def resolve(cls, config: EvalConfig, folder: Path) -> Scoring:
+    def resolve(cls, config: EvalConfig, folder: Path) -> ScoredSet:
         """Fill in from the evaluation directory what the options leave open.
 
         Raises ValueError or FileNotFoundError for a user's mistake.
@@ -73,7 +104,7 @@ class Scoring:
     def info(self) -> dict[str, Any]:
         """What the numbers of this table belong to, as the .json tells it."""
         return {
-            "dataset": self.truth.name,
+            "dataset": self.test_set.name,
             "dataset_partition": self.partition,
             "T": self.T,
             "frames_with_truth": self.length,
@@ -82,41 +113,64 @@ class Scoring:
             "frames": self.predicted.tolist(),
         }
 
-    def read_truth(self, video: int) -> np.ndarray:
-        """The true frames, uint8 [length, 3, H, W]."""
-        return self.truth.read(video, range(self.length))
+    @functools.cached_property
+    def truth_clips(self) -> list[Clip]:
+        """The true videos, in the order of `videos`."""
+        return [self._true_clip("truth", self.test_set, video) for video in self.videos]
 
-    def read_sample(self, video: int, sample: int) -> np.ndarray:
-        """The sampled frames, uint8 [length, 3, H, W]. Raises ValueError where they do not fit."""
+    @functools.cached_property
+    def sample_clips(self) -> list[list[Clip]]:
+        """The samples [videos][samples]; reading one raises ValueError where it does not fit."""
+        return [
+            [
+                Clip(
+                    paths.sample_name(video, sample),
+                    functools.partial(self._read_sample, video, sample),
+                )
+                for sample in self.samples
+            ]
+            for video in self.videos
+        ]
+
+    @functools.cached_property
+    def floor_clips(self) -> list[Clip]:
+        """True videos of the other partition to compare with, as many as are scored if there are.
+
+        Raises ValueError for fewer than two.
+        """
+        files = self.test_set.files
+        others = get_test_dataset(
+            files.spec, T=self.T, partition=self.other, cache_dir=files.cache_dir
+        )
+        order = choose_videos(len(others), indices=None, subset_size=len(others))
+        long = (video for video in order if others.length(video) >= self.length)
+        chosen = list(itertools.islice(long, len(self.videos)))
+        if len(chosen) < 2:
+            raise ValueError(
+                f"--floor: {self.eval_dir.path} and the {self.other} partition of "
+                f"{self.test_set.name} share no 2 videos of {self.length} frames: leave it out"
+            )
+        return [self._true_clip("floor", others, video) for video in chosen]
+
+    @property
+    def other(self) -> str:
+        """The partition that is not scored."""
+        return "train" if self.partition == "test" else "test"
+
+    def _true_clip(self, kind: str, test_set: VideoTestSet, video: int) -> Clip:
+        read = functools.partial(test_set.read, video, range(self.length))
+        return Clip(f"{kind}_{video:04d}", read)
+
+    def _read_sample(self, video: int, sample: int) -> np.ndarray:
         path = paths.sample_path(self.eval_dir.path, video, sample)
         frames = load_video(path)
-        size = self.truth.files.spec.image_size
+        size = self.test_set.files.spec.image_size
         if len(frames) < self.T or frames.shape[2:] != (size, size):
             raise ValueError(
                 f"{path} holds {len(frames)} frames of {frames.shape[2]}x{frames.shape[3]}, not "
                 f"{self.T} of {size}x{size}: check --T and --dataset, or sample it again"
             )
         return np.array(frames[: self.length])
-
-    def floor_videos(self) -> tuple[VideoTestSet, list[int]]:
-        """True videos of the other partition to compare with, as many as are scored if there are.
-
-        Raises ValueError for fewer than two.
-        """
-        other = "train" if self.partition == "test" else "test"
-        files = self.truth.files
-        videos = get_test_dataset(files.spec, T=self.T, partition=other, cache_dir=files.cache_dir)
-        order = choose_videos(len(videos), indices=None, subset_size=len(videos))
-        chosen: list[int] = []
-        for video in order:
-            if len(chosen) < len(self.videos) and videos.length(video) >= self.length:
-                chosen.append(video)
-        if len(chosen) < 2:
-            raise ValueError(
-                f"--floor: {self.eval_dir.path} and the {other} partition of {self.truth.name} share "
-                f"no 2 videos of {self.length} frames: leave it out"
-            )
-        return videos, chosen
 
 
 def _setting(config: EvalConfig, eval_dir: EvalDir, name: str) -> Any:

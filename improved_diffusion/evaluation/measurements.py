@@ -1,0 +1,227 @@
+"""The metrics' values of one scored set: from the cache, computed where they are missing.
+
+One video is in memory at a time. What is kept are the values of each frame metric per sample, the
+features of each video, and each distance between sets of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion.data.machine import default_device
+from improved_diffusion.evaluation.cache import Cache, cache_name
+from improved_diffusion.evaluation.metrics import Measure
+from improved_diffusion.evaluation.options import EvalConfig
+from improved_diffusion.evaluation.scored_set import Clip, ScoredSet
+from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
+
+# What keeps one metric from being computed, and the others not.
+METRIC_ERRORS = (ValueError, FileNotFoundError)
+# The only extractor before there was a choice: tables and caches do not name it.
+FIRST_FEATURES = "i3d"
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A metric or an extractor, ready to compute.
+
+    name: as registered. settings: all that its values depend on beside the videos; they stand beside
+    the numbers. features: the extractor of a metric of whole videos, else None.
+    """
+
+    name: str
+    measure: Any
+    settings: dict[str, Any]
+    features: Prepared | None = None
+
+    @property
+    def label(self) -> str:
+        """What an extractor's results are called in the cache."""
+        return "features" if self.name == FIRST_FEATURES else f"{self.name}_features"
+
+
+class Workshop:
+    """Makes the metrics that the options of an evaluation ask for, and each extractor once."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        every = (*config.metric_options, *config.feature_options)
+        self._options = {type(options): options for options in every}
+        self._device = default_device(config.device)
+        self._extractors: dict[str, Prepared] = {}
+
+    def metrics(self) -> tuple[dict[str, Prepared], dict[str, str]]:
+        """The metrics by name, and why others of them cannot be computed."""
+        ready: dict[str, Prepared] = {}
+        failures: dict[str, str] = {}
+        for name in self.config.modes:
+            prepare = self._frame_metric if name in FRAME_METRICS else self._video_metric
+            try:
+                ready[name] = prepare(name)
+            except METRIC_ERRORS as error:
+                failures[name] = str(error)
+        return ready, failures
+
+    def _make(self, kind: type[Measure], **more: Any) -> Measure:
+        return kind(self._options[kind.Options], device=self._device, **more)
+
+    def _frame_metric(self, name: str) -> Prepared:
+        metric = self._make(FRAME_METRICS[name])
+        return Prepared(name, metric, metric.settings())
+
+    def _video_metric(self, name: str) -> Prepared:
+        kind = VIDEO_METRICS[name]
+        features = self._extractor(kind.features or self.config.features)
+        metric = self._make(kind, extractor=features.measure)
+        own = metric.settings()
+        for key in own.keys() & features.settings.keys():
+            raise ValueError(f"its setting {key} is one of {features.name} too: rename one")
+        return Prepared(name, metric, own | features.settings, features)
+
+    def _extractor(self, name: str) -> Prepared:
+        if name not in self._extractors:
+            extractor = self._make(FEATURES[name])
+            named = {} if name == FIRST_FEATURES else {"features": name}
+            self._extractors[name] = Prepared(name, extractor, named | extractor.settings())
+        return self._extractors[name]
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+class Measurements:
+    """Fills the cache of one scored set, and looks values up in it.
+
+    `metrics` are those that are asked for and work; `failures` says why others do not: {name: reason}.
+    """
+
+    def __init__(
+        self, scored: ScoredSet, metrics: dict[str, Prepared], cache: Cache, *, floor: bool
+    ) -> None:
+        self.scored, self.cache = scored, cache
+        self.metrics = dict(metrics)
+        self.failures: dict[str, str] = {}
+        self.floor_clips = scored.floor_clips if floor else []
+
+    def clips(self, position: int) -> list[Clip]:
+        """What is read for the video at `position` of the list: truth, samples, and for the floor."""
+        scored = self.scored
+        floor = self.floor_clips[position : position + 1]
+        return [scored.truth_clips[position], *scored.sample_clips[position], *floor]
+
+    def compute(self, position: int) -> None:
+        """Compute what the cache lacks of the video at `position` of the list."""
+        truth, *others = self.clips(position)
+        true_frames = truth.frames()
+        self._keep_features(truth, true_frames)
+        samples = self.scored.sample_clips[position]
+        for clip in others:
+            frames = clip.frames()
+            self._keep_features(clip, frames)
+            if clip in samples:
+                self._keep_frame_values(clip, frames, truth, true_frames)
+
+    def missing(self) -> list[int]:
+        """Positions of the videos that nothing at all was computed for yet, by file names alone."""
+        there = self.cache.labels()
+        of_frames = [name for name, ready in self.metrics.items() if ready.features is None]
+        positions = []
+        for position, samples in enumerate(self.scored.sample_clips):
+            needed = {f"{clip.label}_{name}" for clip in samples for name in of_frames}
+            for features in self._extractors():
+                needed |= {f"{clip.label}_{features.label}" for clip in self.clips(position)}
+            if not needed <= there:
+                positions.append(position)
+        return positions
+
+    def values(self, name: str, settings: dict[str, Any]) -> np.ndarray | None:
+        """One metric's array, computed with `settings`; None where the cache lacks some of it.
+
+        [videos, samples, predicted frames], or [samples] of a metric of whole videos, which is
+        computed from the features if it is asked for.
+        """
+        scored = self.scored
+        if name in VIDEO_METRICS:
+            sets = zip(*scored.sample_clips, strict=True)
+            found = [self.distance(name, settings, s, scored.truth_clips) for s in sets]
+            return None if None in found else np.array(found, dtype=np.float64)
+        rows = []
+        for truth, samples in zip(scored.truth_clips, scored.sample_clips, strict=True):
+            for clip in samples:
+                row = self.cache.load(self._frames_name(name, settings, clip, truth))
+                if row is None:
+                    return None
+                rows.append(row)
+        return np.stack(rows).reshape(len(scored.videos), len(scored.samples), -1)
+
+    def distance(
+        self, name: str, settings: dict[str, Any], samples: Sequence[Clip], truth: Sequence[Clip]
+    ) -> float | None:
+        """A metric of whole videos between two sets of them; None where the cache lacks it."""
+        sets = [
+            [cache_name(f"{clip.label}_features", clip.digest, settings) for clip in clips]
+            for clips in (samples, truth)
+        ]
+        file = cache_name(f"distance_{name}", sets, settings)
+        ready = self.metrics.get(name)
+        if ready is not None and ready.settings == settings:
+            features, true_features = (self._features(ready, clips) for clips in (samples, truth))
+            if features is None or true_features is None:
+                return None
+            self._fill([name], file, ready.measure, features, true_features)
+        value = self.cache.load(file)
+        return None if value is None else float(value)
+
+    # ------------------------------------------------------------ the cache
+
+    def _extractors(self) -> list[Prepared]:
+        """Each extractor that a metric needs, once."""
+        found = {
+            ready.features.name: ready.features for ready in self.metrics.values() if ready.features
+        }
+        return list(found.values())
+
+    def _keep_features(self, clip: Clip, frames: np.ndarray) -> None:
+        for features in self._extractors():
+            names = [name for name, ready in self.metrics.items() if ready.features is features]
+            self._fill(names, self._features_name(features, clip), features.measure, frames)
+
+    def _keep_frame_values(
+        self, clip: Clip, frames: np.ndarray, truth: Clip, true_frames: np.ndarray
+    ) -> None:
+        pair = frames[self.scored.predicted], true_frames[self.scored.predicted]
+        for ready in [ready for ready in self.metrics.values() if ready.features is None]:
+            file = self._frames_name(ready.name, ready.settings, clip, truth)
+            self._fill([ready.name], file, ready.measure, *pair)
+
+    def _fill(self, names: list[str], file: str, measure: Any, *arrays: np.ndarray) -> None:
+        """Compute one result unless it is there; what prevents it is kept, the rest goes on."""
+        if self.cache.load(file) is None:
+            try:
+                values = measure.compute(*arrays)
+            except METRIC_ERRORS as error:
+                for name in names:
+                    self.metrics.pop(name, None)
+                    self.failures[name] = str(error)
+            else:
+                self.cache.save(file, np.asarray(values))
+
+    def _features(self, ready: Prepared, clips: Sequence[Clip]) -> np.ndarray | None:
+        """The features [n, d] that a metric is computed from; None where one is not there."""
+        assert ready.features is not None, f"{ready.name} is computed from no features"
+        rows = [self.cache.load(self._features_name(ready.features, clip)) for clip in clips]
+        return None if any(row is None for row in rows) else np.stack(rows)  # type: ignore[arg-type]
+
+    def _features_name(self, features: Prepared, clip: Clip) -> str:
+        return cache_name(f"{clip.label}_{features.label}", clip.digest, features.settings)
+
+    def _frames_name(self, name: str, settings: dict[str, Any], clip: Clip, truth: Clip) -> str:
+        predicted = self.scored.predicted.tolist()
+        return cache_name(f"{clip.label}_{name}", clip.digest, truth.digest, predicted, settings)

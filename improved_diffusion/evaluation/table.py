@@ -1,0 +1,76 @@
+"""The table of one scored set, made of its measurements and of what an earlier table says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.cache import cache_name
+from improved_diffusion.evaluation.measurements import Measurements
+from improved_diffusion.evaluation.options import METRICS
+from improved_diffusion.registry import VIDEO_METRICS
+
+
+def write_table(measured: Measurements) -> bool:
+    """Write the table; False where something asked for is not in the cache.
+
+    Metrics computed earlier, with whatever settings, stay as long as they belong to the videos as
+    they are now.
+    """
+    asked = {
+        name: measured.values(name, ready.settings)
+        for name, ready in list(measured.metrics.items())
+    }
+    if any(asked[name] is None for name in measured.metrics):
+        return False
+    path = measured.scored.path
+    with metric_tables.table_lock(path):
+        before = metric_tables.read_info(path).get("metrics", {})
+        settings = {name: row.get("settings", {}) for name, row in before.items()}
+        settings |= {name: ready.settings for name, ready in measured.metrics.items()}
+        found = {m: measured.values(m, settings[m]) for m in METRICS if m in settings}
+        table = {name: values for name, values in found.items() if values is not None}
+        rows = {
+            name: _row(measured, name, values, settings[name], before.get(name, {}))
+            for name, values in table.items()
+        }
+        if table or path.exists():
+            metric_tables.write_table(path, table, measured.scored.info() | {"metrics": rows})
+    return True
+
+
+def _row(
+    measured: Measurements,
+    name: str,
+    values: np.ndarray,
+    settings: dict[str, Any],
+    before: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A metric's summary; an earlier floor stays while it is about the same truth."""
+    if name not in VIDEO_METRICS:
+        return metric_tables.summarise(values) | {"settings": settings}
+    mean, error = metric_tables.mean_and_error(values)
+    row = {"n": len(measured.scored.videos), "mean": mean, "standard_error": error}
+    truth = cache_name("truth", [clip.digest for clip in measured.scored.truth_clips])
+    floor = _floor(measured, name, settings, truth)
+    if floor is None and before.get("settings") == settings:
+        floor = before.get("floor")
+    kept = {"floor": floor} if floor and floor["truth"] == truth else {}
+    return row | {"infinite": 0, "settings": settings} | kept
+
+
+def _floor(
+    measured: Measurements, name: str, settings: dict[str, Any], truth: str
+) -> dict[str, Any] | None:
+    """The distance between true videos of both partitions, if it is asked for."""
+    n = len(measured.floor_clips)
+    if not n or name not in measured.metrics:
+        return None
+    real = measured.scored.truth_clips[:n]
+    value = measured.distance(name, settings, real, measured.floor_clips)
+    if value is None:
+        return None
+    return {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
