@@ -16,8 +16,8 @@ WORLDS = ("colour_mazes", "maze_laps")
 SHA256 = {
     ("colour_mazes", "train"): "7c3af54a5f29b1c03f8c536f8a91c2ca6f3fd62b0c0d67241cd4d271dae33090",
     ("colour_mazes", "test"): "7010008ed298acbfee9a8195f9d1fe5c139449c44f4c7cbc6dbd07536a6e3bb5",
-    ("maze_laps", "train"): "c8872c80e451f355ce04042479cb4a873a233e95db2fcb6ea5051a954ee530e1",
-    ("maze_laps", "test"): "18fb0c766c37224467d6e1630ad0a7261b471f6ebad3b14599fbd322b0a99038",
+    ("maze_laps", "train"): "335c9c0a4bbeb105f01c3c58526633278d0258625c3c7b1794d91639a2b3c86a",
+    ("maze_laps", "test"): "f9de98d38ff7cf1dc6e9c04d40a6bf224f4b1f1d76810122fd8962e52bcbf8dd",
 }
 
 
@@ -56,7 +56,7 @@ def test_rounded_sines_are_far_from_where_rounding_tips_over():
 def test_frames_a_period_apart_are_the_same_bytes(laps):
     for video in laps:
         period = video.period
-        assert 40 <= period <= 60 and len(video.frames) == 240 >= 4 * period
+        assert 40 <= period < 60 and len(video.frames) == 240 >= 4 * period
         np.testing.assert_array_equal(video.frames[period:], video.frames[:-period])
         np.testing.assert_array_equal(video.poses[period:], video.poses[:-period])
         shorter = [n for n in range(1, period) if (video.frames[n:] == video.frames[:-n]).all()]

@@ -28,16 +28,16 @@ from improved_diffusion.data.ray_casting import (
 )
 
 IMAGE_SIZE = 32
-LAPS_FRAMES = 240  # T of maze_laps: four laps of at most 60 frames
+LAPS_FRAMES = 240  # T of maze_laps: four laps or more
 MAZE_FRAMES = 300  # T of colour_mazes
 FRAMES_PER_CELL = 6  # how slowly the agent of colour_mazes walks
 TURN_FRAMES = 12  # how long a quarter turn takes; the path is rounded over as many frames
-# (outer sides of the ring in cells, shortest and longest period)
+# (outer sides of the ring in cells, shortest and longest period). Of 60 observed frames two are in the
+# second lap, so that one can see that it has begun.
 RINGS = (
     ((3, 3), (40, 54)),
-    ((3, 4), (48, 60)),
-    ((3, 5), (56, 60)),
-    ((4, 4), (56, 60)),
+    ((3, 4), (48, 58)),
+    ((4, 4), (55, 58)),
 )
 
 # (x, y) steps by quarter turn: east, south, west, north (y grows downwards, as in images).
