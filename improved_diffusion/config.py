@@ -15,6 +15,7 @@ from improved_diffusion.registry import (
     LOSS_WEIGHTINGS,
     MASK_DISTRIBUTIONS,
     NETWORKS,
+    OPTIMIZERS,
     PREDICTIONS,
     TIMESTEP_DISTRIBUTIONS,
     Registry,
@@ -298,8 +299,10 @@ class TrainConfig:
     microbatch: int = option(-1, "videos per forward and backward pass (-1: batch_size)")
     max_frames: int = option(20, "frames given to the network at once (K)")
     num_workers: int = option(-1, "data loading processes per rank (-1: cores - 1)")
+    optimizer: str = option("adamw", "what turns gradients into updates", choices=OPTIMIZERS)
+    optimizer_options: Any = owned_options(OPTIMIZERS, chosen_by="optimizer")
     lr: float = option(1e-4, "learning rate of AdamW")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
+    weight_decay: float = option(0.0, "decoupled weight decay of all parameters")
     lr_anneal_steps: int = option(
         0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)"
     )
@@ -310,6 +313,10 @@ class TrainConfig:
     )
     schedule_sampler: str = option(
         "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
+    )
+    timestep_options: Any = owned_options(TIMESTEP_DISTRIBUTIONS, chosen_by="schedule_sampler")
+    stratified_timesteps: bool = option(
+        False, "spread the timesteps of each update evenly over their distribution, over all ranks"
     )
     mask_distribution: str = option(
         "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
@@ -345,6 +352,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         positive = ("batch_size", "max_frames", "log_interval", "save_interval")
         check_positive(self, *positive, "sample_steps", "valid_videos")
         not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")

@@ -62,6 +62,7 @@ class GaussianDiffusion:
         self.betas = betas
         self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self.log_snr = np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)  # falling
         self._tables = self._make_tables()
         self._device_tables: dict[tuple[str, torch.device], Tensor] = {}
 

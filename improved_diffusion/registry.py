@@ -130,7 +130,7 @@ LOSS_WEIGHTINGS = Registry(
     },
 )
 
-# A subclass of resample.ScheduleSampler, made from the number of timesteps.
+# A subclass of resample.ScheduleSampler.
 TIMESTEP_DISTRIBUTIONS = Registry(
     "schedule_sampler",
     {
@@ -138,6 +138,14 @@ TIMESTEP_DISTRIBUTIONS = Registry(
         "loss-second-moment": (
             f"{_HERE}.resample:LossSecondMomentSampler",
             "those with large losses more often",
+        ),
+        "lognormal": (
+            f"{_HERE}.resample:LogNormalSampler",
+            "log sigma normally distributed; changes the objective",
+        ),
+        "logsnr-uniform": (
+            f"{_HERE}.resample:LogSnrUniformSampler",
+            "all values of log SNR alike; changes the objective",
         ),
     },
 )
@@ -246,4 +254,16 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 FEATURES = Registry(
     "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+)
+
+# (network, TrainConfig) -> torch.optim.Optimizer, see training/optimizers.py and `made`.
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": (f"{_HERE}.training.optimizers:AdamW", "AdamW for all parameters"),
+        "muon": (
+            f"{_HERE}.training.optimizers:Muon",
+            "Muon for the matrices of hidden layers, AdamW for the rest (needs torch 2.9)",
+        ),
+    },
 )

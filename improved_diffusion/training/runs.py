@@ -29,6 +29,7 @@ from improved_diffusion.config import (
     from_options,
 )
 from improved_diffusion.data import checkpoints, paths
+from improved_diffusion.registry import TIMESTEP_DISTRIBUTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         stored_config: the flat options that this run's checkpoints will hold.
 
     Rank 0 makes the folder and reads the files. Raises ValueError where a saved network, diffusion
-    process or objective differs from this run's options, FileNotFoundError for a missing
+    process, objective or optimiser differs from this run's options, FileNotFoundError for a missing
     --resume_checkpoint, OSError where the folder cannot be made.
     """
     opened = _open_run(config, stored_config) if dist_util.is_main() else None
@@ -107,7 +108,7 @@ def _make_folder(folder: str) -> None:
 
 
 def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
-    """Refuse another network, process or objective than the saved one; tell of every other change."""
+    """Refuse what `_fixed_options` names, where it differs; tell of every other change."""
     groups = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
     # Options that are younger than the run had their defaults in it.
     old, new = (_with_prediction(defaults(*groups) | dict(options)) for options in (old, new))
@@ -129,8 +130,12 @@ def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fixed_options(options: Mapping[str, Any]) -> set[str]:
-    """The options that a run of these keeps to its end."""
-    return set(defaults(ModelConfig, DiffusionConfig))
+    """The options that a run of these keeps to its end: network, process, objective, optimiser."""
+    fixed = {"optimizer", *defaults(ModelConfig, DiffusionConfig)}
+    timesteps = TIMESTEP_DISTRIBUTIONS[options["schedule_sampler"]]
+    if getattr(timesteps, "changes_objective", False):
+        fixed |= {"schedule_sampler", *defaults(timesteps.Options)}
+    return fixed
 
 
 # ---------------------------------------------------------------- config.json
