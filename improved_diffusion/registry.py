@@ -43,6 +43,11 @@ class Registry(MutableMapping[str, Any]):
             self._entries[name] = thing, help_text
         return thing
 
+    def made(self, name: str, options: Any) -> Any:
+        """The function `name`: the thing itself, or the instance of a class made from its `options`."""
+        thing = self[name]
+        return thing(options) if isinstance(thing, type) else thing
+
     def __setitem__(self, name: str, thing: Any) -> None:
         """Add a thing, or put another in its place.
 
@@ -117,15 +122,21 @@ PREDICTIONS = Registry(
     {
         "eps": (f"{_HERE}.losses:PredictEps", "the noise"),
         "xstart": (f"{_HERE}.losses:PredictXstart", "the clean frames"),
+        "v": (f"{_HERE}.losses:PredictV", "their mix of equal size at all noise levels"),
     },
 )
 
-# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output.
+# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output; see `made`.
 LOSS_WEIGHTINGS = Registry(
-    "loss_weighting", {"none": (f"{_HERE}.losses:unweighted", "every timestep alike")}
+    "loss_weighting",
+    {
+        "none": (f"{_HERE}.losses:unweighted", "every timestep alike"),
+        "min-snr": (f"{_HERE}.losses:MinSnr", "the clean frames' error as min(SNR, gamma)"),
+        "sigmoid": (f"{_HERE}.losses:Sigmoid", "the noise's error as sigmoid(bias - log SNR)"),
+    },
 )
 
-# A subclass of resample.ScheduleSampler, made from the number of timesteps.
+# A subclass of resample.ScheduleSampler.
 TIMESTEP_DISTRIBUTIONS = Registry(
     "schedule_sampler",
     {
@@ -133,6 +144,14 @@ TIMESTEP_DISTRIBUTIONS = Registry(
         "loss-second-moment": (
             f"{_HERE}.resample:LossSecondMomentSampler",
             "those with large losses more often",
+        ),
+        "lognormal": (
+            f"{_HERE}.resample:LogNormalSampler",
+            "log sigma normally distributed; changes the objective",
+        ),
+        "logsnr-uniform": (
+            f"{_HERE}.resample:LogSnrUniformSampler",
+            "all values of log SNR alike; changes the objective",
         ),
     },
 )
@@ -247,4 +266,16 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 FEATURES = Registry(
     "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+)
+
+# (network, TrainConfig) -> torch.optim.Optimizer, see training/optimizers.py and `made`.
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": (f"{_HERE}.training.optimizers:AdamW", "AdamW for all parameters"),
+        "muon": (
+            f"{_HERE}.training.optimizers:Muon",
+            "Muon for the matrices of hidden layers, AdamW for the rest (needs torch 2.9)",
+        ),
+    },
 )

@@ -245,6 +245,8 @@ class TrainLoop:
             for t, value, weight in zip(update.timesteps, values, update.weights, strict=True):
                 self.log.add(name, value * weight)
                 self.log.add(f"{name}_q{4 * t // timesteps}", value * weight)
+        for quarter, error in self.train_step.clean_errors(update):
+            self.log.add(f"xstart_mse_snr_q{quarter}", error)
         self.log.add("grad_norm", update.grad_norm)
         self.log.add("lr", self.train_step.optimizer.param_groups[0]["lr"])
         if self.train_step.loss_scale is not None:

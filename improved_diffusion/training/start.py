@@ -8,7 +8,13 @@ import json
 import torch
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    flat_options,
+)
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import get_train_dataset
@@ -50,7 +56,7 @@ def create_train_loop(
         cache_dir=data.cache_dir,
     )
     valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
-    stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
+    stored = flat_options(train, data, model, diffusion)
     process = create_diffusion(diffusion)
     sample_steps = str(min(train.sample_steps, process.num_timesteps))
     sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
@@ -85,6 +91,6 @@ def dry_run(
 ) -> None:
     """Print what the run's config.json would hold. All ranks must call."""
     train, model, _ = resolve_train_options(train, data, model)
-    description = describe_run({**vars(train), **vars(data), **vars(model), **vars(diffusion)})
+    description = describe_run(flat_options(train, data, model, diffusion))
     if dist_util.is_main():
         print(json.dumps(description, indent=2))
