@@ -130,6 +130,23 @@ def fill_options(config: Any) -> None:
             object.__setattr__(config, item.name, filled)
 
 
+def flat_options(*configs: Any) -> dict[str, Any]:
+    """{option: value} of option dataclasses, as config.json and checkpoints hold them.
+
+    The options of what was chosen stand among the others, those of what was not are left out.
+    """
+    flat: dict[str, Any] = {}
+    for config in configs:
+        for item in fields(config):
+            value = getattr(config, item.name)
+            if "owned_by" not in item.metadata:
+                flat[item.name] = value
+            else:
+                for options in value if isinstance(value, tuple) else (value,):
+                    flat |= vars(options)
+    return flat
+
+
 def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
     """An option dataclass from {option: value}, as parsed or as stored.
 
@@ -288,6 +305,7 @@ class TrainConfig:
     mask_distribution: str = option(
         "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
     )
+    mask_options: Any = owned_options(MASK_DISTRIBUTIONS, chosen_by="mask_distribution")
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
@@ -319,6 +337,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         positive = ("batch_size", "max_frames", "log_interval", "save_interval")
         check_positive(self, *positive, "sample_steps", "valid_videos")
         not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")

@@ -131,10 +131,19 @@ TIMESTEP_DISTRIBUTIONS = Registry(
     },
 )
 
-# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item.
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item: a function,
+# or, with `Options`, a class that is made from them and whose instances are called like that.
 MASK_DISTRIBUTIONS = Registry(
     "mask_distribution",
-    {"published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them")},
+    {
+        "published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them"),
+        "filled": (f"{_HERE}.data.frame_masks:Filled", "the same groups, but every item is full"),
+        "queries": (
+            f"{_HERE}.data.query_masks:Queries",
+            "inference steps of all strategies, at random sizes",
+        ),
+        "mixed": (f"{_HERE}.data.query_masks:Mixed", "some of each of these three"),
+    },
 )
 
 # (denoiser, batch, *, generator, noise, eta) -> frames, see sampling/samplers.py.

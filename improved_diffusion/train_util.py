@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    flat_options,
+)
 from improved_diffusion.data import checkpoints, paths, video_io
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
@@ -386,10 +392,11 @@ def create_train_loop(
         seed=train.seed,
         pad_with_random_frames=train.pad_with_random_frames,
         mask_distribution=train.mask_distribution,
+        mask_options=train.mask_options,
         cache_dir=data.cache_dir,
     )
     valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
-    stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
+    stored = flat_options(train, data, model, diffusion)
     process = create_diffusion(diffusion)
     sample_steps = str(min(train.sample_steps, process.num_timesteps))
     sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)

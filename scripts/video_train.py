@@ -12,6 +12,7 @@ from improved_diffusion.config import (
     LaunchConfig,
     ModelConfig,
     TrainConfig,
+    flat_options,
 )
 from improved_diffusion.script_util import (
     add_arguments,
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     interrupted = False
     if args.dry_run:
         train, model, _ = resolve_train_options(train, data, model)
-        description = describe_run({**vars(train), **vars(data), **vars(model), **vars(diffusion)})
+        description = describe_run(flat_options(train, data, model, diffusion))
         if dist_util.is_main():
             print(json.dumps(description, indent=2))
     else:

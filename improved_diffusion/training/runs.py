@@ -100,8 +100,9 @@ def _make_folder(folder: str) -> None:
 
 
 def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
-    """Refuse another network or process than the saved one; tell of every other change."""
+    """Refuse another network, process or kind of items than the saved; tell of all other changes."""
     fixed = {item.name for group in (ModelConfig, DiffusionConfig) for item in fields(group)}
+    fixed.add("mask_distribution")
     changed = [k for k in new if k in old and old[k] != new[k] and k not in IDENTITY]
     for key in changed:
         if key in fixed:
