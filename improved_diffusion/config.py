@@ -7,7 +7,7 @@ that consumes an option reads it from the dataclass.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from improved_diffusion.registry import (
@@ -188,9 +188,33 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def defaults(*groups: type) -> dict[str, Any]:
-    """{option: default} of option groups, in order; options without a default are left out."""
-    items: list[Field[Any]] = [item for group in groups for item in fields(group)]
-    return {item.name: item.default for item in items if item.default is not MISSING}
+    """{option: default} of option groups, in order, with those of all things that own some.
+
+    Options without a default are left out.
+    """
+    found: dict[str, Any] = {}
+    for item in (item for group in groups for item in fields(group)):
+        if "owned_by" in item.metadata:
+            found |= defaults(*option_groups(item.metadata["owned_by"]))
+        elif item.default is not MISSING:
+            found[item.name] = item.default
+    return found
+
+
+def flat_options(*configs: Any) -> dict[str, Any]:
+    """{option: value} of option dataclasses, in order, as files hold them and `from_options` reads them.
+
+    In the place of a field of `owned_options` stand the options of the things that are chosen.
+    """
+    flat: dict[str, Any] = {}
+    for config in configs:
+        for item in fields(config):
+            value = getattr(config, item.name)
+            if "owned_by" in item.metadata:
+                flat |= flat_options(*(value if isinstance(value, tuple) else (value,)))
+            else:
+                flat[item.name] = value
+    return flat
 
 
 @dataclass(frozen=True)
@@ -251,9 +275,11 @@ class DiffusionConfig:
     loss_weighting: str = option(
         "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
     )
+    loss_weighting_options: Any = owned_options(LOSS_WEIGHTINGS, chosen_by="loss_weighting")
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         check_positive(self, "diffusion_steps")
         if self.predict_xstart and self.prediction_type != "xstart":
             raise ValueError(

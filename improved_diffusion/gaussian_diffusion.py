@@ -79,6 +79,7 @@ class GaussianDiffusion:
             "sqrt_recip_bar": np.sqrt(1 / bar),
             "sqrt_recip_bar_minus_one": np.sqrt(1 / bar - 1),
             "bar": bar,
+            "snr": bar / (1 - bar),
             "bar_prev": bar_prev,
             "posterior_x0": self.betas * np.sqrt(bar_prev) / (1 - bar),
             "posterior_xt": (1 - bar_prev) * np.sqrt(1 - self.betas) / (1 - bar),
@@ -131,8 +132,7 @@ class GaussianDiffusion:
 
     def snr(self, t: Tensor) -> Tensor:
         """The signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps t [B], like t."""
-        bar = self._table("bar", t).flatten()
-        return bar / (1 - bar)
+        return self._table("snr", t).flatten()
 
     def countdown(self, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
         """Timesteps [batch_size] from the last to 0."""

@@ -37,6 +37,11 @@ class Registry(MutableMapping[str, Any]):
             self._entries[name] = thing, help_text
         return thing
 
+    def made(self, name: str, options: Any) -> Any:
+        """The function `name`: the thing itself, or the instance of a class made from its `options`."""
+        thing = self[name]
+        return thing(options) if isinstance(thing, type) else thing
+
     def __setitem__(self, name: str, thing: Any) -> None:
         """Add a thing, or put another in its place.
 
@@ -111,12 +116,18 @@ PREDICTIONS = Registry(
     {
         "eps": (f"{_HERE}.losses:PredictEps", "the noise"),
         "xstart": (f"{_HERE}.losses:PredictXstart", "the clean frames"),
+        "v": (f"{_HERE}.losses:PredictV", "their mix of equal size at all noise levels"),
     },
 )
 
-# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output.
+# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output; see `made`.
 LOSS_WEIGHTINGS = Registry(
-    "loss_weighting", {"none": (f"{_HERE}.losses:unweighted", "every timestep alike")}
+    "loss_weighting",
+    {
+        "none": (f"{_HERE}.losses:unweighted", "every timestep alike"),
+        "min-snr": (f"{_HERE}.losses:MinSnr", "the clean frames' error as min(SNR, gamma)"),
+        "sigmoid": (f"{_HERE}.losses:Sigmoid", "the noise's error as sigmoid(bias - log SNR)"),
+    },
 )
 
 # A subclass of resample.ScheduleSampler, made from the number of timesteps.
@@ -131,8 +142,7 @@ TIMESTEP_DISTRIBUTIONS = Registry(
     },
 )
 
-# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item: a function,
-# or, with `Options`, a class that is made from them and whose instances are called like that.
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item; see `made`.
 MASK_DISTRIBUTIONS = Registry(
     "mask_distribution",
     {

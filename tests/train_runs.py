@@ -49,11 +49,16 @@ def make_videos(folder: Path, num_videos: int = 5) -> str:
     return str(folder)
 
 
-def make_loop(dataset: str, model_options: dict | None = None, **options) -> train_util.TrainLoop:
+def make_loop(
+    dataset: str,
+    model_options: dict | None = None,
+    diffusion_options: dict | None = None,
+    **options,
+) -> train_util.TrainLoop:
     """The loop of the command's options, in this process."""
     train = TrainConfig(dataset=dataset, **{**TRAIN, **options})
     model_config = ModelConfig(image_size=32, **{**MODEL, **(model_options or {})})
-    diffusion_config = DiffusionConfig(diffusion_steps=40)
+    diffusion_config = DiffusionConfig(**{"diffusion_steps": 40, **(diffusion_options or {})})
     stored = flat_options(train, model_config, diffusion_config)
     data = get_train_dataset(
         dataset,

@@ -30,10 +30,7 @@ def create_mask_distribution(name: str, options: Any = None) -> DrawFrames:
 
     Raises ValueError for an unknown name or option, and what the options raise.
     """
-    entry = MASK_DISTRIBUTIONS[name]
-    if not hasattr(entry, "Options"):
-        return entry
-    return entry(chosen_options(MASK_DISTRIBUTIONS, name, options))
+    return MASK_DISTRIBUTIONS.made(name, chosen_options(MASK_DISTRIBUTIONS, name, options))
 
 
 def draw_frames(video_length: int, max_frames: int, rng: np.random.Generator) -> Frames:
@@ -96,8 +93,8 @@ class Filled:
 
     Options = FilledOptions
 
-    def __init__(self, options: FilledOptions | None = None) -> None:
-        self.options = options or FilledOptions()
+    def __init__(self, options: FilledOptions) -> None:
+        self.options = options
 
     def __call__(self, video_length: int, max_frames: int, rng: np.random.Generator) -> Frames:
         """As `draw_frames`; together the frames are min(T, K)."""

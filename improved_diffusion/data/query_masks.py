@@ -143,8 +143,8 @@ class Queries:
 
     Options = QueriesOptions
 
-    def __init__(self, options: QueriesOptions | None = None) -> None:
-        self.options = options or QueriesOptions()
+    def __init__(self, options: QueriesOptions) -> None:
+        self.options = options
 
     def __call__(self, video_length: int, max_frames: int, rng: np.random.Generator) -> Frames:
         """As `frame_masks.draw_frames`; max_frames is also that of the strategies."""
@@ -187,8 +187,8 @@ class Mixed:
 
     Options = MixedOptions
 
-    def __init__(self, options: MixedOptions | None = None) -> None:
-        self.options = options or MixedOptions()
+    def __init__(self, options: MixedOptions) -> None:
+        self.options = options
         self._parts = (draw_frames, Filled(self.options), Queries(self.options))
         self._ends = np.cumsum(self.options.shares) / sum(self.options.shares)
 

@@ -14,13 +14,20 @@ import string
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    defaults,
+    from_options,
+)
 from improved_diffusion.data import checkpoints, paths
 from improved_diffusion.training import run_lock, signals
 
@@ -72,8 +79,8 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         stored_config: the flat options that this run's checkpoints will hold.
 
     Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
-    into memory. Raises ValueError where a saved network or diffusion process differs from this
-    run's options or no checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint,
+    into memory. Raises ValueError where a saved network, diffusion process or objective
+    differs from this run's options or no checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint,
     OSError where the folder cannot be made or another process has it, signals.Interrupted where a
     signal came before.
     """
@@ -130,10 +137,12 @@ def _make_folder(folder: str) -> None:
 
 
 def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
-    """Refuse another network, process or kind of items than the saved; tell of all other changes."""
-    fixed = {item.name for group in (ModelConfig, DiffusionConfig) for item in fields(group)}
-    fixed.add("mask_distribution")
-    changed = [k for k in new if k in old and old[k] != new[k] and k not in IDENTITY]
+    """Refuse another network, process or objective than the saved one; tell of every other change."""
+    groups = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
+    # Options that are younger than the run had their defaults in it.
+    old, new = (_with_prediction(defaults(*groups) | dict(options)) for options in (old, new))
+    fixed = _fixed_options(old) | _fixed_options(new)
+    changed = [k for k in new if old[k] != new[k] and k not in IDENTITY]
     for key in changed:
         if key in fixed:
             raise ValueError(
@@ -141,6 +150,17 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) 
                 f"give --{key} {old[key]}"
             )
         logger.info("--%s was %s before, is %s now", key, old[key], new[key])
+
+
+def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with one name for what the network predicts, which has two options."""
+    predicts = from_options(DiffusionConfig, options).prediction_type
+    return options | {"prediction": predicts, "predict_xstart": predicts == "xstart"}
+
+
+def _fixed_options(options: Mapping[str, Any]) -> set[str]:
+    """The options that a run of these keeps to its end."""
+    return set(defaults(ModelConfig, DiffusionConfig)) | {"mask_distribution"}
 
 
 # ---------------------------------------------------------------- config.json
