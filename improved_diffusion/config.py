@@ -130,23 +130,6 @@ def fill_options(config: Any) -> None:
             object.__setattr__(config, item.name, filled)
 
 
-def flat_options(*configs: Any) -> dict[str, Any]:
-    """{option: value} of option dataclasses, as config.json and checkpoints hold them.
-
-    The options of what was chosen stand among the others, those of what was not are left out.
-    """
-    flat: dict[str, Any] = {}
-    for config in configs:
-        for item in fields(config):
-            value = getattr(config, item.name)
-            if "owned_by" not in item.metadata:
-                flat[item.name] = value
-            else:
-                for options in value if isinstance(value, tuple) else (value,):
-                    flat |= vars(options)
-    return flat
-
-
 def from_options(group: type[Config], values: Mapping[str, Any]) -> Config:
     """An option dataclass from {option: value}, as parsed or as stored.
 
@@ -356,6 +339,9 @@ class TrainConfig:
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
     compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    resample_observed: float = option(
+        0.0, "share of items whose observed frames are the network's own denoising of them"
+    )
     pad_with_random_frames: bool = option(
         True, "fill up with frames of another video, which count in the loss (False: with nothing)"
     )
@@ -370,6 +356,8 @@ class TrainConfig:
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.resample_observed <= 1:
+            raise ValueError(f"--resample_observed {self.resample_observed}: must be from 0 to 1")
         if self.use_fp16 and self.precision == "bf16":
             raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
         if self.resume_id and self.resume_checkpoint:

@@ -25,6 +25,7 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import compile_network, ema_decay, update_ema
 from improved_diffusion.resample import create_schedule_sampler
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.own_errors import OwnErrors
 
 Items = Mapping[str, Tensor]
 
@@ -77,6 +78,7 @@ class TrainStep:
         self.ddp = dist_util.wrap_ddp(self.network)
         trained = compile_network(self.ddp) if config.compile else self.ddp
         self.denoiser = Denoiser(trained, diffusion, autocast=self._autocast)
+        self.own_errors = OwnErrors(self.network, diffusion, config, autocast=self._autocast)
         self.emas = {rate: self._copies() for rate in config.ema_rates}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
@@ -101,7 +103,7 @@ class TrainStep:
         self.position += config.batch_size * dist_util.world_size()
         t, weights = self.timesteps.sample(config.batch_size, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self.batch(items)
+        batch = self.own_errors(self.batch(items), self.position)
         terms = self._backward(batch, t.to(self.device), weights.to(self.device))
         norm = self._grad_norm()
         self._clip_grad(norm)
