@@ -14,6 +14,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 
+class UnknownName(ValueError, KeyError):
+    """A name that is in no registry: a user's mistake, and for mappings a missing key."""
+
+    __str__ = ValueError.__str__
+
+
 class Registry(MutableMapping[str, Any]):
     """Things of one kind by name, in the order in which they were added.
 
@@ -29,7 +35,7 @@ class Registry(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """The thing of that name. Raises ValueError, naming the flag and its choices, for another."""
         if name not in self._entries:
-            raise ValueError(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
+            raise UnknownName(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
         thing, help_text = self._entries[name]
         if isinstance(thing, str):
             module, _, attribute = thing.partition(":")

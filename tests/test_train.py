@@ -106,6 +106,20 @@ def test_a_mistake_ends_the_command_without_a_traceback(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_running_out_of_gpu_memory_is_one_line(tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import torch\n"
+        "from improved_diffusion.script_util import run_main\n"
+        "def main():\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has')\n"
+        "run_main(main)\n"
+    )
+    done = train(tmp_path, script=str(script))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "Tried to allocate 9 GiB): try a smaller --batch_size" in done.stderr
+
+
 def test_help_explains_signals_and_exit_codes(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0

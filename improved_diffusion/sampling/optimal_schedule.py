@@ -24,7 +24,7 @@ from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.losses import masked_mean
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
-from improved_diffusion.sampling.plan import Task
+from improved_diffusion.sampling.plan import Task, evaluation_dir
 from improved_diffusion.sampling.results import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     if strategy.is_adaptive:
         raise ValueError(f"--inference_mode {options.inference_mode} chooses its own frames")
     # The folder in which --optimal will look.
-    eval_dir = Task.resolve(dataclasses.replace(options, optimal=True)).eval_dir
+    named = dataclasses.replace(options, optimal=True)
+    eval_dir = evaluation_dir(named, task.model.step, task.plan.T, task.plan.max_frames)
     plan = plan_steps(strategy)
     array_task = dist_util.array_task()
     if array_task is not None and array_task not in plan:
