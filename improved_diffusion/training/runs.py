@@ -80,10 +80,10 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         stored_config: the flat options that this run's checkpoints will hold.
 
     Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
-    into memory. Raises ValueError where a saved network, diffusion process, objective or
-    optimiser differs from this run's options or no checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint,
-    OSError where the folder cannot be made or another process has it, signals.Interrupted where a
-    signal came before.
+    into memory. Raises ValueError where a saved network, diffusion process, objective or optimiser
+    differs from this run's options or no checkpoint is whole, FileNotFoundError for a missing
+    --resume_checkpoint, OSError where the folder cannot be made or another process has it,
+    signals.Interrupted where a signal came before.
     """
     signals.leave_if_signalled()
     own = _open_run(config, stored_config) if dist_util.is_main() else None
@@ -160,8 +160,8 @@ def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fixed_options(options: Mapping[str, Any]) -> set[str]:
-    """The options that a run of these keeps to its end: network, process, objective, optimiser."""
-    fixed = {"optimizer", *defaults(ModelConfig, DiffusionConfig)}
+    """The options that a run of these keeps to its end: network, process, masks, objective, optimiser."""
+    fixed = {"optimizer", "mask_distribution", *defaults(ModelConfig, DiffusionConfig)}
     timesteps = TIMESTEP_DISTRIBUTIONS[options["schedule_sampler"]]
     if getattr(timesteps, "changes_objective", False):
         fixed |= {"schedule_sampler", *defaults(timesteps.Options)}
