@@ -153,7 +153,7 @@ def check_choices(config: Any) -> None:
     for item in fields(config):
         choices, value = item.metadata.get("choices"), getattr(config, item.name)
         if choices and value != item.default:
-            check_known(item.name, value if isinstance(value, tuple) else [value], choices)
+            check_known(item.name, value if isinstance(value, (tuple, list)) else [value], choices)
 
 
 def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:

@@ -14,6 +14,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 
+class UnknownName(ValueError, KeyError):
+    """A name that is in no registry: a user's mistake, and for mappings a missing key."""
+
+    __str__ = ValueError.__str__
+
+
 class Registry(MutableMapping[str, Any]):
     """Things of one kind by name, in the order in which they were added.
 
@@ -29,7 +35,7 @@ class Registry(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """The thing of that name. Raises ValueError, naming the flag and its choices, for another."""
         if name not in self._entries:
-            raise ValueError(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
+            raise UnknownName(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
         thing, help_text = self._entries[name]
         if isinstance(thing, str):
             module, _, attribute = thing.partition(":")
@@ -203,6 +209,10 @@ STRATEGIES = Registry(
             f"{_STRATEGIES}:AdaptiveHierarchy3",
             "the same in three levels",
         ),
+        "recall-autoreg": (
+            f"{_STRATEGIES}:RecallAutoregressive",
+            "observe the most recent frames, and what followed the moments most like now",
+        ),
         "goal-directed-autoreg": (
             f"{_STRATEGIES}:GoalDirectedAutoregressive",
             "autoreg that observes the last five frames too",
@@ -221,6 +231,8 @@ DATASETS = Registry(
     "dataset",
     {
         "bouncy_balls": (f"{_SPECS}:BOUNCY_BALLS", "balls that collide, 32x32, made on first use"),
+        "colour_mazes": (f"{_SPECS}:COLOUR_MAZES", "walks through mazes, made on first use"),
+        "maze_laps": (f"{_SPECS}:MAZE_LAPS", "laps round rings of corridors, made on first use"),
         "mazes_cwvae": (f"{_SPECS}:MAZES_CWVAE", "GQN-Mazes, 64x64, made by datasets/mazes.py"),
         "minerl": (f"{_SPECS}:MINERL", "MineRL-Navigate, 64x64, made by datasets/minerl.py"),
         "memory_mazes": (

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    TrainConfig,
-    flat_options,
-)
-from improved_diffusion.data import checkpoints, paths, video_io
-from improved_diffusion.data.dataset_files import dataset_spec
-from improved_diffusion.data.dataset_specs import DatasetSpec
+from improved_diffusion.config import TrainConfig
+from improved_diffusion.data import checkpoints, machine, paths, video_io
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
-from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset
+from improved_diffusion.data.video_datasets import TrainDataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
-from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
-from improved_diffusion.training import validation
-from improved_diffusion.training.runs import Run, open_run, record_run, resume_command
-from improved_diffusion.training.train_data import STOP_SIGNALS, held_out_items, train_loader
+from improved_diffusion.training import signals, validation
+from improved_diffusion.training.runs import Run, resume_command
+from improved_diffusion.training.train_data import train_loader
 from improved_diffusion.training.train_step import TrainStep, Update
 
 logger = logging.getLogger(__name__)
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start again and it goes on
 FIRST_SAMPLE_STEP = 500
 NUM_SAMPLES = 4
 VALIDATION_STREAM = 1 << 40  # a position that no run reaches: its random numbers are free
@@ -81,7 +68,8 @@ class TrainLoop:
         run: Run,
         measures: Measures,
     ) -> None:
-        self.config, self.data, self.run, self.measures = config, data, run, measures
+        self.config, self.data, self.measures = config, data, measures
+        self.run = run.forget_start()
         weights = run.state.model_state if run.state else run.weights
         if weights is not None:
             _load_weights(model, weights, config.resume_checkpoint or run.folder)
@@ -92,7 +80,6 @@ class TrainLoop:
         self.log = RunLogger(run.folder, run.run_id, run.options, self.step)
         self._logged = (self.step, time.perf_counter())
         self._bad_steps = 0
-        self._signal = 0  # the signal that this rank was sent
         self._stop = False  # what all ranks agreed on
 
     @property
@@ -112,11 +99,12 @@ class TrainLoop:
         self._introduce()
         show = None if dist_util.is_main() else True  # None: only where there is a terminal
         with (
-            self._catch_signals(),
+            signals.deferred(),
             logging_redirect_tqdm(),
             tqdm(initial=self.step, total=self.last_step, unit="step", disable=show) as bar,
             contextlib.closing(self._batches()) as batches,
         ):
+            self._stop = any(dist_util.max_over_ranks(signals.received(), what="the first step"))
             while not self._stop and not self.finished:
                 if self.run_step(next(batches)):
                     bar.update()
@@ -126,6 +114,7 @@ class TrainLoop:
             if self.step > self.saved_step:
                 self.save()
         self.log.close()
+        self.run.close()
         if dist_util.is_main():
             logger.info("to resume: %s", resume_command(self.run.run_id))
         # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
@@ -145,7 +134,9 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write a checkpoint of this step and point `*_latest.pt` at it."""
+        self.log.flush()
         if dist_util.is_main():
+            self.run.check_held()
             state = self.train_step.network.state_dict()
             checkpoints.save_run(
                 self.run.folder,
@@ -197,7 +188,7 @@ class TrainLoop:
     def _agree(self, bad: bool) -> bool:
         """Whether any rank's numbers are bad; the ranks agree on signals in the same breath."""
         any_bad, any_signal = dist_util.max_over_ranks(
-            int(bad), self._signal, what=f"the end of step {self.step}"
+            int(bad), signals.received(), what=f"the end of step {self.step}"
         )
         self._stop = any_signal > 0
         return bool(any_bad)
@@ -265,7 +256,7 @@ class TrainLoop:
         step, began = self._logged
         self._logged = (self.step, time.perf_counter())
         self.log.add("steps_per_second", (self.step - step) / (self._logged[1] - began))
-        self.log.add("peak_memory_gb", dist_util.peak_memory_gb(self.train_step.device))
+        self.log.add("peak_memory_gb", machine.peak_memory_gb(self.train_step.device))
         self.log.dump(self.step)
 
     def _validate(self) -> None:
@@ -278,12 +269,12 @@ class TrainLoop:
         videos = min(self.config.valid_videos, len(data))
         values = []
         for index in range(dist_util.rank(), videos, dist_util.world_size()):
-            if self._signal:
+            if signals.received():
                 break
             generator = make_generator(self.config.seed, VALIDATION_STREAM, index)
             spread = (index + torch.rand((), generator=generator)) / videos
             values.append(self._measure(self._item(data, index), float(spread), generator))
-        if not any(dist_util.max_over_ranks(self._signal, what="validation")):
+        if not any(dist_util.max_over_ranks(signals.received(), what="validation")):
             for loss, bits in values:
                 self.log.add("valid_loss", loss)
                 self.log.add("valid_bpd", bits)
@@ -307,7 +298,7 @@ class TrainLoop:
         files = []
         with self.train_step.ema_denoiser(self.measures.sample_diffusion) as denoiser:
             for index in range(min(NUM_SAMPLES, len(self.data))):
-                if self._signal:
+                if signals.received():
                     break
                 path = f"{self.run.folder}/samples/sample_{self.step:06d}_{index}.gif"
                 generator = make_generator(self.config.seed, index)
@@ -319,22 +310,6 @@ class TrainLoop:
     def _item(self, data: TrainDataset, index: int) -> FrameBatch:
         """One item, always the same, as a batch on the device."""
         return self.train_step.batch({key: value[None] for key, value in data[0, index].items()})
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Note stop signals instead of dying of them; a second Ctrl-C ends the run at once."""
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
-
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _introduce(self) -> None:
         """What this run is, in a few lines."""
@@ -361,55 +336,3 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
         raise ValueError(f"{source}: weights of another network: {first}") from None
-
-
-# ---------------------------------------------------------------- from options
-
-
-def resolve_train_options(
-    train: TrainConfig, data: DataConfig, model: ModelConfig
-) -> tuple[TrainConfig, ModelConfig, DatasetSpec]:
-    """The options with T and image_size as the data set has them, and the data set.
-
-    Raises ValueError or FileNotFoundError for an unknown or missing data set.
-    """
-    sizes = image_sizes(model.network)
-    spec = dataset_spec(train.dataset, image_size=model.image_size, image_sizes=sizes, **vars(data))
-    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
-    return train, dataclasses.replace(model, image_size=spec.image_size), spec
-
-
-def create_train_loop(
-    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
-) -> TrainLoop:
-    """The training loop of these options, at the start or where its run was left.
-
-    All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
-    """
-    train, model, spec = resolve_train_options(train, data, model)
-    items = get_train_dataset(
-        spec,
-        T=train.T,
-        max_frames=train.max_frames,
-        seed=train.seed,
-        pad_with_random_frames=train.pad_with_random_frames,
-        mask_distribution=train.mask_distribution,
-        cache_dir=data.cache_dir,
-    )
-    valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
-    stored = flat_options(train, data, model, diffusion)
-    process = create_diffusion(diffusion)
-    sample_steps = str(min(train.sample_steps, process.num_timesteps))
-    sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
-    torch.manual_seed(train.seed)
-    network = create_model(model)
-    run = open_run(train, stored)
-    record_run(run, stored)
-    return TrainLoop(
-        network,
-        process,
-        items,
-        train,
-        run=run,
-        measures=Measures(create_diffusion(sample_process), valid_items),
-    )

@@ -1,9 +1,14 @@
+# ruff: noqa: E402
 """Train a video diffusion model, alone or on every rank of mpiexec, torchrun or srun."""
 
 from __future__ import annotations
 
+from improved_diffusion.training import signals
+
+if __name__ == "__main__":
+    signals.watch()  # before all else, which takes its time to be imported
+
 import argparse
-import json
 import sys
 
 from improved_diffusion.config import (
@@ -12,7 +17,6 @@ from improved_diffusion.config import (
     LaunchConfig,
     ModelConfig,
     TrainConfig,
-    flat_options,
 )
 from improved_diffusion.script_util import (
     add_arguments,
@@ -30,7 +34,8 @@ also the one at wandb (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
 
 SIGTERM, SIGINT or SIGUSR1 at any one rank: all ranks finish the step, save, and exit with code 75;
 --resume_id goes on from there. Exit code 1: an error, told in one line; 0: all steps done.
-Under srun add --wait=5, so that an error at one rank ends them all; torchrun turns 75 into 1.
+Under srun add --mpi=none, and --wait=5, so that an error at one rank ends them all; torchrun turns
+75 into 1. One process at a time trains a run: run.lock in its folder names it.
 """
 
 
@@ -49,25 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
-    from improved_diffusion.train_util import (
-        EXIT_INTERRUPTED,
-        create_train_loop,
-        resolve_train_options,
-    )
-    from improved_diffusion.training.runs import describe_run
+    from improved_diffusion.training.start import dry_run, train_run
 
     dist_util.setup_dist()
-    interrupted = False
-    if args.dry_run:
-        train, model, _ = resolve_train_options(train, data, model)
-        description = describe_run(flat_options(train, data, model, diffusion))
-        if dist_util.is_main():
-            print(json.dumps(description, indent=2))
-    else:
-        interrupted = create_train_loop(train, data, model, diffusion).run_loop()
+    work = dry_run if args.dry_run else train_run
+    interrupted = work(train, data, model, diffusion)
     dist_util.cleanup()
+    signals.end(signals.EXIT_INTERRUPTED if interrupted else 0)
     if interrupted:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(signals.EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

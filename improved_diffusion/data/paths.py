@@ -44,9 +44,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = path  # a full disk's error names none
         raise
 
 
@@ -61,6 +63,43 @@ def _remote_write(path: str) -> Iterator[BinaryIO]:
         with blobfile.BlobFile(path, "wb") as blob:
             while chunk := file.read(1 << 24):
                 blob.write(chunk)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a local or remote file or folder of this name."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    import blobfile
+
+    return blobfile.exists(path)
+
+
+def listdir(folder: str) -> list[str]:
+    """The names in a local or remote folder."""
+    if not is_remote(folder):
+        return os.listdir(folder)
+    import blobfile
+
+    return list(blobfile.listdir(folder))
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A local or remote file to read bytes from; a remote one is copied here first."""
+    if not is_remote(path):
+        return open(path, "rb")
+    import blobfile
+
+    return blobfile.BlobFile(path, "rb", streaming=False)
+
+
+def remove(path: str) -> None:
+    """Remove a local or remote file; raises FileNotFoundError where there is none."""
+    if not is_remote(path):
+        os.unlink(path)
+        return
+    import blobfile
+
+    blobfile.remove(path)
 
 
 def _umask() -> int:
@@ -155,10 +194,7 @@ def results_dir(checkpoint: str, step: int, sampler_suffix: str = "") -> Path:
 
 def inference_mode_str(
     mode: str,
-    max_frames: int,
-    step_size: int,
-    video_length: int,
-    obs_length: int,
+    sizes: tuple[int, int, int, int],
     *,
     optimal: bool = False,
     prefix: str = "",
@@ -166,12 +202,10 @@ def inference_mode_str(
 ) -> str:
     """`[<prefix>]<mode>[<options>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`.
 
-    options: the strategy's own, as its `folder_suffix` names them.
+    sizes: those four. options: the strategy's own, as its `folder_suffix` names them.
     """
-    optimal_str = "_optimal" if optimal else ""
-    return (
-        f"{prefix}{mode}{options}{optimal_str}_{max_frames}_{step_size}_{video_length}_{obs_length}"
-    )
+    words = (f"{prefix}{mode}{options}", *(("optimal",) if optimal else ()), *map(str, sizes))
+    return "_".join(words)
 
 
 def sample_name(video: int, sample: int) -> str:

@@ -24,7 +24,7 @@ from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.losses import masked_mean
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
-from improved_diffusion.sampling.plan import Task
+from improved_diffusion.sampling.plan import Task, evaluation_dir
 from improved_diffusion.sampling.results import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,9 @@ class DenoisingError:
         num_timesteps: int,
         batch_size: int,
         seed: int,
+        device: str,
     ):
-        self.denoiser, self.videos = denoiser, videos
+        self.denoiser, self.videos, self.device = denoiser, videos, device
         self.batch_size, self.seed = batch_size, seed
         chain = denoiser.diffusion.num_timesteps
         parts = np.linspace(0, chain, num_timesteps, endpoint=False)
@@ -78,15 +79,14 @@ class DenoisingError:
     def _errors(
         self, step: int, observed: list[int], latent: list[int], rows: list[tuple[int, int]]
     ) -> torch.Tensor:
-        device = next(self.denoiser.network.parameters()).device
         indices = np.array([observed + latent] * len(rows))
         frames = self.videos[[video for video, _ in rows]][:, indices[0]]
-        batch = FrameBatch.from_uint8(frames, indices, len(observed), device)
-        t = torch.tensor([t for _, t in rows], device=device)
+        batch = FrameBatch.from_uint8(frames, indices, len(observed), self.device)
+        t = torch.tensor([t for _, t in rows], device=self.device)
         generators = [make_generator(self.seed, video, step, timestep) for video, timestep in rows]
         noise = torch.zeros_like(batch.frames)
         latents = noise[:, len(observed) :]
-        latents.copy_(randn(latents.shape, generators, device))
+        latents.copy_(randn(latents.shape, generators, self.device))
         x_t = self.denoiser.diffusion.q_sample(batch.frames, t, noise)
         xstart = self.denoiser.denoise(x_t, t, batch)
         eps = self.denoiser.diffusion.predict_eps_from_xstart(x_t, t, xstart)
@@ -139,7 +139,8 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     if strategy.is_adaptive:
         raise ValueError(f"--inference_mode {options.inference_mode} chooses its own frames")
     # The folder in which --optimal will look.
-    eval_dir = Task.resolve(dataclasses.replace(options, optimal=True)).eval_dir
+    named = dataclasses.replace(options, optimal=True)
+    eval_dir = evaluation_dir(named, task.model.step, task.plan.T, task.plan.max_frames)
     plan = plan_steps(strategy)
     array_task = dist_util.array_task()
     if array_task is not None and array_task not in plan:
@@ -163,6 +164,7 @@ def _denoising_error(task: Task, search: ScheduleConfig) -> DenoisingError:
         num_timesteps=search.num_timesteps,
         batch_size=task.options.batch_size,
         seed=task.options.seed,
+        device=task.model.device,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from improved_diffusion import dist_util
-from improved_diffusion.data import paths
+from improved_diffusion.data import machine, paths
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
 from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video
 from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
@@ -90,7 +90,7 @@ class Task:
 
         Raises ValueError or FileNotFoundError for a user's mistake.
         """
-        device = dist_util.default_device(options.device)
+        device = machine.default_device(options.device)
         model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
         dataset = options.override_dataset or model.dataset
         if not dataset:
@@ -167,10 +167,7 @@ def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) ->
     own = STRATEGIES[options.inference_mode].folder_suffix(options.strategy_options)
     return base / paths.inference_mode_str(
         options.inference_mode,
-        max_frames,
-        options.step_size,
-        T,
-        options.obs_length,
+        (max_frames, options.step_size, T, options.obs_length),
         optimal=options.optimal,
         prefix=prefix,
         options=own,

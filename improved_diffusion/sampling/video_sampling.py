@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
+from improved_diffusion.data import machine
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.sampling.options import SampleConfig
@@ -130,7 +131,7 @@ class SamplingRun:
                 seconds,
                 bar.n / seconds,
                 self.sampler.denoiser.calls,
-                dist_util.peak_memory_gb(self.sampler.device),
+                machine.peak_memory_gb(self.sampler.device),
             )
 
     def _make_batch(self, batch: list[Job], bar: tqdm) -> None:
