@@ -380,6 +380,19 @@ def cleanup() -> None:
     _world.__dict__.update(_World().__dict__)
 
 
+@contextlib.contextmanager
+def memory_errors_named(remedy: str) -> Iterator[None]:
+    """Turn running out of memory, the GPU's or the machine's, into one line with a remedy."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        kind = "GPU" if isinstance(error, torch.OutOfMemoryError) else "main"
+        first = str(error).strip().partition("\n")[0].partition(". GPU")[0]
+        raise ValueError(f"out of {kind} memory ({first}): try {remedy}") from None
+
+
 def abort(code: int) -> NoReturn:
     """End this process, and under MPI all ranks, at once: the others may be waiting for this one.
 
@@ -408,7 +421,14 @@ def array_task() -> int | None:
 
 
 def default_device(name: str = "") -> str:
-    """`name`, or cuda where there is a GPU, else cpu."""
+    """`name`, or cuda where there is a GPU, else cpu. ValueError for a device that is not there."""
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend raises another one: AssertionError, NotImplementedError
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}): leave it out") from None
+    return name

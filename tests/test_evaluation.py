@@ -12,6 +12,7 @@ import torch
 
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
+from improved_diffusion.data import file_lock
 from improved_diffusion.evaluation import evaluate as evaluation
 from improved_diffusion.evaluation import features as extractors
 from improved_diffusion.evaluation import metric_tables, metrics
@@ -589,14 +590,14 @@ def test_infinite_psnr_is_stored_and_counted_but_not_averaged():
 def test_a_lock_is_waited_for_and_an_abandoned_one_taken_away(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "metrics.pkl"
-    with metric_tables.table_lock(path):
+    with file_lock.file_lock(path):
         (lock,) = tmp_path.glob(".metrics.pkl*")
         assert "process" in lock.read_text()
     assert not lock.exists()
     lock.write_text("process 1 on another-machine")
-    monkeypatch.setattr(metric_tables, "LOCK_PATIENCE_S", 0.05)
-    monkeypatch.setattr(metric_tables, "LOCK_LIMIT_S", 0.3)
-    with metric_tables.table_lock(path):
+    monkeypatch.setattr(file_lock, "LOCK_PATIENCE_S", 0.05)
+    monkeypatch.setattr(file_lock, "LOCK_LIMIT_S", 0.3)
+    with file_lock.file_lock(path):
         assert "another-machine" not in lock.read_text()
     assert "waiting for process 1 on another-machine" in caplog.text
     assert "holds it too long" in caplog.text

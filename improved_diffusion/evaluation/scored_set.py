@@ -14,9 +14,8 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
-from improved_diffusion.evaluation.cache import content_digest
 from improved_diffusion.evaluation.options import EvalConfig
-from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.results import EvalDir, content_digest, load_video
 from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from improved_diffusion.data.file_lock import file_lock
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import cache_name
 from improved_diffusion.evaluation.measurements import Measurements
@@ -27,7 +28,7 @@ def write_table(measured: Measurements) -> bool:
     if any(asked[name] is None for name in measured.metrics):
         return False
     path = measured.scored.path
-    with metric_tables.table_lock(path):
+    with file_lock(path):
         before = metric_tables.read_info(path).get("metrics", {})
         settings = {name: row.get("settings", {}) for name, row in before.items()}
         settings |= {name: ready.settings for name, ready in measured.metrics.items()}
