@@ -7,7 +7,6 @@ functions that compute something.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -42,6 +41,9 @@ LAST_WORDS_S = 1.0
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMI_ID", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
+# Set by an mpiexec (MPICH's and Intel's, Open MPI's), and not by srun's PMI plug-ins.
+MPIEXEC_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_RANK")
+
 
 @dataclass
 class _World:
@@ -63,11 +65,21 @@ def launcher() -> str:
     """What started this process: "torchrun", "mpi", "srun", or "" for a plain process."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return "torchrun"
-    if any(name in os.environ for name in MPI_RANK_VARIABLES):
+    if any(name in os.environ for name in MPI_RANK_VARIABLES) and not _ranks_are_of_srun():
         return "mpi"
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         return "srun"
     return ""
+
+
+def _ranks_are_of_srun() -> bool:
+    """Whether MPI's rank variables repeat srun's own, as with MpiDefault=pmi2 or pmix."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" not in env or any(name in env for name in MPIEXEC_VARIABLES):
+        return False
+    ranks = {env[name] for name in MPI_RANK_VARIABLES if name in env}
+    sizes = {env.get("PMI_SIZE", env["SLURM_STEP_NUM_TASKS"])}
+    return ranks == {env.get("SLURM_PROCID")} and sizes == {env["SLURM_STEP_NUM_TASKS"]}
 
 
 def launch_command() -> str:
@@ -76,7 +88,7 @@ def launch_command() -> str:
     if kind == "mpi":
         return f"mpiexec -n {ranks} python"
     if kind == "srun":
-        return f"srun -n {ranks} --wait=5 python"
+        return f"srun --mpi=none -n {ranks} --wait=5 python"
     if kind == "torchrun":
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         nodes = "--standalone" if per_node == ranks else f"--nnodes={ranks // per_node}"
@@ -226,31 +238,6 @@ def dev() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", _world.local_rank % torch.cuda.device_count())
     return torch.device("cpu")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep memory that tensors free, instead of returning it and asking for it again.
-
-    Every tensor above 32 MB would otherwise be mapped anew, and the page faults of filling it cost
-    several times an addition of it. Does nothing where the C library is another.
-    """
-    m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)  # never
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held so far, in 10^9 bytes: the GPU's, or its own."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @contextlib.contextmanager
@@ -418,17 +405,3 @@ def array_task() -> int | None:
             f"SLURM_ARRAY_TASK_ID={task!r} is not a number: unset it or give the batch's index"
         )
     return int(task)
-
-
-def default_device(name: str = "") -> str:
-    """`name`, or cuda where there is a GPU, else cpu. ValueError for a device that is not there."""
-    import torch
-
-    if not name:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except Exception as error:  # each backend raises another one: AssertionError, NotImplementedError
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}): leave it out") from None
-    return name

@@ -57,8 +57,7 @@ class GaussianDiffusion:
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a vector of numbers in (0, 1]")
-        self.config = config
-        self.prediction = PREDICTIONS[config.prediction_type]()
+        self.config, self.prediction = config, PREDICTIONS[config.prediction_type]()
         self.betas = betas
         self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
@@ -192,7 +191,6 @@ class GaussianDiffusion:
         bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
         sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
         sample = bar_prev.sqrt() * xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
-        # sigma is 0 at t = 0
         return sample + sigma * randn(x.shape, generator, x.device) if eta else sample
 
     # ------------------------------------------------------------ the published ways to sample
@@ -267,8 +265,7 @@ class GaussianDiffusion:
         """
         kwargs = model_kwargs or {}
         latent_mask = kwargs.get("latent_mask") if latent_mask is None else latent_mask
-        if device is None:
-            device = kwargs["x0"].device if "x0" in kwargs else torch.device("cpu")
+        device = device or (kwargs["x0"].device if "x0" in kwargs else torch.device("cpu"))
         x = randn(shape, generator, device) if noise is None else noise.to(device)
         options = {"clip_denoised": clip_denoised, "model_kwargs": kwargs, "generator": generator}
         for t in self.countdown(shape[0], device):

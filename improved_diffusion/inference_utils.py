@@ -215,8 +215,14 @@ class AdaptiveAutoregressive(InferenceStrategyBase):
         observed = []
         for video in range(len(self._videos)):
             embeddings = {frame: values[video] for frame, values in self._embeddings.items()}
-            observed.append(select.farthest_points(embeddings, start, places))
+            observed.append(self._choose(embeddings, start, places))
         return observed, [latent] * len(observed)
+
+    def _choose(
+        self, embeddings: dict[int, np.ndarray], start: list[int], places: int
+    ) -> list[int]:
+        """The frames to observe in one video; embeddings: {done frame: [d]}."""
+        return select.farthest_points(embeddings, start, places)
 
     def _plan(self) -> tuple[list[int], int, list[int]]:
         """Frames to observe first of all, number of frames to observe, latent frames."""
@@ -252,6 +258,55 @@ class AdaptiveHierarchy3(AdaptiveHierarchy):
     """Adaptive hierarchy of three levels."""
 
     levels = 3
+
+
+class RecallAutoregressive(AdaptiveAutoregressive):
+    """Observe the most recent frames, and those that followed the past moments most like now.
+
+    A moment is some frames in a row, now the last such ones; see `frame_selection.similar_moments`. With
+    too little past it observes what autoreg does.
+    """
+
+    @dataclass(frozen=True)
+    class Options(AdaptiveAutoregressive.Options):
+        """Which moments are recalled, and how many places they get."""
+
+        recall_recent: int = option(2, "recall-autoreg: most recent frames to observe")
+        recall_window: int = option(2, "recall-autoreg: frames of a moment")
+        recall_gap: int = option(
+            20, "recall-autoreg: frames between moments, and between the last one and now"
+        )
+        recall_moments: int = option(1, "recall-autoreg: moments that share the other places")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            for item in fields(self):
+                value = getattr(self, item.name)
+                if item.name.startswith("recall_") and value < 1:
+                    raise ValueError(f"--{item.name} {value}: must be at least 1")
+
+    @classmethod
+    def folder_suffix(cls, options: Any) -> str:
+        """`_<word><value>` for each option, without its prefix, that is not the default."""
+        return "".join(
+            f"_{item.name.removeprefix('recall_')}{getattr(options, item.name)}"
+            for item in fields(options)
+            if item.name.startswith("recall_") and getattr(options, item.name) != item.default
+        )
+
+    def _plan(self) -> tuple[list[int], int, list[int]]:
+        recent = select.last_items(sorted(self._done_frames), self.options.recall_recent)
+        return recent, self._places, self._next_block()
+
+    def _choose(
+        self, embeddings: dict[int, np.ndarray], start: list[int], places: int
+    ) -> list[int]:
+        done = np.stack([embeddings[frame] for frame in sorted(embeddings)])
+        distances = select.moment_distances(done, self.options.recall_window)
+        moments = select.similar_moments(
+            distances, self.options.recall_gap, self.options.recall_moments
+        )
+        return select.recalled_frames(moments, start, places)
 
 
 class GoalDirectedAutoregressive(InferenceStrategyBase):

@@ -11,8 +11,10 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from improved_diffusion import dist_util
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 WANDB_ANSWER_LIMIT_S = 10
 WANDB_START_LIMIT_S = 60
+WANDB_FINISH_LIMIT_S = 60.0  # SLURM's usual notice is two minutes, and the save comes first
+
+UPLOAD_INTERVAL_S = 120.0  # between two versions of a remote progress.csv
 
 Row = Mapping[str, float]
 
@@ -71,8 +76,14 @@ class RunLogger:
         if self._wandb is not None:
             self._wandb.log_videos(files, step)
 
+    def flush(self) -> None:
+        """Let progress.csv have every row so far; before a checkpoint is written."""
+        if self._progress is not None:
+            self._progress.flush()
+
     def close(self) -> None:
-        """Hand what is left over to wandb."""
+        """Write and hand over what is left; takes WANDB_FINISH_LIMIT_S at most for wandb."""
+        self.flush()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -80,34 +91,55 @@ class RunLogger:
 class ProgressFile:
     """A table of numbers that grows by whole rows and, where a key is new, by columns.
 
-    Rows after `start_step`, and a last row that a killed run left incomplete, are dropped.
+    Rows after `start_step`, and a last row that a killed run left incomplete, are dropped. A file
+    with other broken lines is kept as `<path>.damaged`, with a warning; the whole rows go on. A
+    remote table is written at most every UPLOAD_INTERVAL_S, and by `flush`.
     """
 
     def __init__(self, path: str, start_step: int) -> None:
         self.path = path
-        self.columns, rows = _read_rows(path)
-        self._rewrite([row for row in rows if int(row["step"]) <= start_step])
+        self.columns, rows, text = _read_table(path)
+        if text is not None:
+            logger.warning("%s has damaged lines: kept as it is in %s.damaged", path, path)
+            with self._errors_named(), paths.atomic_write(f"{path}.damaged") as file:
+                file.write(text)
+        self._remote_rows: list[Mapping[str, Any]] = []  # blobs cannot grow
+        self._unwritten = False
+        self._write_all([row for row in rows if int(row["step"]) <= start_step])
 
     def append(self, row: Row) -> None:
         """Add one row; keys that it lacks stay empty. Raises OSError naming the file."""
-        try:
-            self._append(row)
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
-
-    def _append(self, row: Row) -> None:
         new = [key for key in row if key not in self.columns]
-        if new or paths.is_remote(self.path):  # blobs cannot grow
-            self.columns += new
-            _, rows = _read_rows(self.path)
-            self._rewrite([*rows, row])
+        self.columns += new
+        if paths.is_remote(self.path):
+            self._remote_rows.append(row)
+            self._unwritten = True
+            if time.monotonic() - self._written_at >= UPLOAD_INTERVAL_S:
+                self.flush()
+        elif new:
+            self._write_all([*_read_table(self.path)[1], row])
         else:
-            with open(self.path, "a", newline="") as file:
+            with self._errors_named(), open(self.path, "a", newline="") as file:
                 file.write(self._text([row], header=False))
 
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with paths.atomic_write(self.path) as file:
+    def flush(self) -> None:
+        """Upload the rows that a remote table does not have yet."""
+        if self._unwritten:
+            self._write_all(self._remote_rows)
+
+    def _write_all(self, rows: list[Mapping[str, Any]]) -> None:
+        with self._errors_named(), paths.atomic_write(self.path) as file:
             file.write(self._text(rows, header=True).encode())
+        if paths.is_remote(self.path):
+            self._remote_rows = rows
+        self._unwritten, self._written_at = False, time.monotonic()
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
 
     def _text(self, rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
         text = io.StringIO()
@@ -118,43 +150,55 @@ class ProgressFile:
         return text.getvalue()
 
 
-def _read_rows(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows) of a csv file, without a last line that has no end; empty where missing."""
+def _read_table(path: str) -> tuple[list[str], list[dict[str, str]], bytes | None]:
+    """(columns, whole rows, the bytes if more than the last line is damaged); empty if missing."""
     try:
-        text = _read_text(path)
+        with paths.open_binary(path) as file:
+            content = file.read()
     except FileNotFoundError:
-        return [], []
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    reader = csv.DictReader(lines)
-    return list(reader.fieldnames or []), list(reader)
+        return [], [], None
+    lines = content[: content.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+    if not lines:
+        return [], [], None
+    columns, *rows = csv.reader(line.replace("\0", "\ufffd") for line in lines)
+    if columns[:1] != ["step"]:
+        return [], [], content
+    whole = [
+        dict(zip(columns, row, strict=True))
+        for row in rows
+        if len(row) == len(columns) and row[0].isdecimal() and all(map(_is_number, row))
+    ]
+    return columns, whole, None if len(whole) == len(rows) else content
 
 
-def _read_text(path: str) -> str:
-    if not paths.is_remote(path):
-        with open(path, newline="") as file:
-            return file.read()
-    import blobfile
-
-    with blobfile.BlobFile(path, "r") as blob:
-        return blob.read()
+def _is_number(text: str) -> bool:
+    try:
+        return text == "" or float(text) is not None
+    except ValueError:
+        return False
 
 
 class WandbRun:
-    """The run at wandb, so far as wandb works: no failure of it stops training.
+    """The run at wandb, so far as wandb works: no failure of it stops training or keeps it.
 
     WANDB_ENTITY, WANDB_PROJECT, WANDB_MODE and the rest are wandb's own to read. Without a login
     and a mode it works offline; with WANDB_MODE=disabled it is not even imported. A thread of its
-    own does all this in order, so that training never waits for it; `finish` does.
+    own does all this in order, so that training never waits for it; `finish` does, for a while.
     """
 
     def __init__(self, run_id: str, config: Mapping[str, Any]) -> None:
         self._run: Any = None
         self._works = os.environ.get("WANDB_MODE") != "disabled"
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._actions: queue.SimpleQueue[tuple[str, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         if self._works:
             # Not in the thread: data workers that fork meanwhile would wait for its imports.
             self._try("be imported", lambda: importlib.import_module("wandb"))
         self._do("start", lambda: self._start(run_id.rsplit("/", 1)[-1], dict(config)))
+
+    def _work(self) -> None:
+        while (action := self._actions.get()) is not None:
+            self._try(*action)
 
     def _start(self, wandb_id: str, config: dict[str, Any]) -> None:
         import wandb
@@ -175,7 +219,9 @@ class WandbRun:
 
     def _do(self, what: str, action: Callable[[], Any]) -> None:
         if self._works:
-            self._thread.submit(self._try, what, action)
+            self._actions.put((what, action))
+            if self._thread.ident is None:
+                self._thread.start()
 
     def _try(self, what: str, action: Callable[[], Any]) -> None:
         """Do it, or say what failed and stay silent from then on."""
@@ -200,9 +246,17 @@ class WandbRun:
         self._run.log({"samples": [wandb.Video(file, format="gif") for file in files]}, step=step)
 
     def finish(self) -> None:
-        """Send what is left, and wait until that is done."""
+        """Send what is left, and wait until that is done or WANDB_FINISH_LIMIT_S are over."""
         self._do("finish", lambda: self._run.finish())
-        self._thread.shutdown()
+        self._actions.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(WANDB_FINISH_LIMIT_S)
+        if self._thread.is_alive():
+            self._works = False
+            logger.warning(
+                "wandb: not finished after %.0f s: leaving without it; `wandb sync` sends the rest",
+                WANDB_FINISH_LIMIT_S,
+            )
 
 
 def _require_answer(url: str) -> None:

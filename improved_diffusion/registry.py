@@ -184,6 +184,10 @@ STRATEGIES = Registry(
             f"{_STRATEGIES}:AdaptiveHierarchy3",
             "the same in three levels",
         ),
+        "recall-autoreg": (
+            f"{_STRATEGIES}:RecallAutoregressive",
+            "observe the most recent frames, and what followed the moments most like now",
+        ),
         "goal-directed-autoreg": (
             f"{_STRATEGIES}:GoalDirectedAutoregressive",
             "autoreg that observes the last five frames too",
@@ -202,6 +206,8 @@ DATASETS = Registry(
     "dataset",
     {
         "bouncy_balls": (f"{_SPECS}:BOUNCY_BALLS", "balls that collide, 32x32, made on first use"),
+        "colour_mazes": (f"{_SPECS}:COLOUR_MAZES", "walks through mazes, made on first use"),
+        "maze_laps": (f"{_SPECS}:MAZE_LAPS", "laps round rings of corridors, made on first use"),
         "mazes_cwvae": (f"{_SPECS}:MAZES_CWVAE", "GQN-Mazes, 64x64, made by datasets/mazes.py"),
         "minerl": (f"{_SPECS}:MINERL", "MineRL-Navigate, 64x64, made by datasets/minerl.py"),
         "memory_mazes": (

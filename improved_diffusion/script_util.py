@@ -177,9 +177,10 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     A failing rank ends the whole run, so that no other waits for it for ever.
     """
     from improved_diffusion import dist_util
+    from improved_diffusion.data import machine
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    dist_util.keep_freed_memory()
+    machine.keep_freed_memory()
     try:
         main()
     except USER_ERRORS as error:
@@ -214,8 +215,8 @@ def create_model_and_diffusion(**options: Any) -> tuple[nn.Module, SpacedDiffusi
     unknown = sorted(set(options) - set(model_and_diffusion_defaults()))
     if unknown:
         raise ValueError(f"unknown model or diffusion option {', '.join(unknown)}")
-    model, diffusion = (from_options(group, options) for group in (ModelConfig, DiffusionConfig))
-    return create_model(model), create_diffusion(diffusion)
+    network = create_model(from_options(ModelConfig, options))
+    return network, create_diffusion(from_options(DiffusionConfig, options))
 
 
 def load_model(path: str, device: str = "cpu") -> TrainedModel:

@@ -6,19 +6,17 @@ import contextlib
 import dataclasses
 import logging
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from improved_diffusion.data import checkpoints, paths, video_io
+from improved_diffusion.data import checkpoints, machine, paths, video_io
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_batch import FrameBatch
@@ -27,14 +25,13 @@ from improved_diffusion.data.video_datasets import TrainDataset, get_train_datas
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
-from improved_diffusion.training import validation
+from improved_diffusion.training import signals, validation
 from improved_diffusion.training.runs import Run, open_run, record_run, resume_command
-from improved_diffusion.training.train_data import STOP_SIGNALS, held_out_items, train_loader
+from improved_diffusion.training.train_data import held_out_items, train_loader
 from improved_diffusion.training.train_step import TrainStep, Update
 
 logger = logging.getLogger(__name__)
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start again and it goes on
 FIRST_SAMPLE_STEP = 500
 NUM_SAMPLES = 4
 VALIDATION_STREAM = 1 << 40  # a position that no run reaches: its random numbers are free
@@ -75,7 +72,8 @@ class TrainLoop:
         run: Run,
         measures: Measures,
     ) -> None:
-        self.config, self.data, self.run, self.measures = config, data, run, measures
+        self.config, self.data, self.measures = config, data, measures
+        self.run = run.forget_start()
         weights = run.state.model_state if run.state else run.weights
         if weights is not None:
             _load_weights(model, weights, config.resume_checkpoint or run.folder)
@@ -86,7 +84,6 @@ class TrainLoop:
         self.log = RunLogger(run.folder, run.run_id, run.options, self.step)
         self._logged = (self.step, time.perf_counter())
         self._bad_steps = 0
-        self._signal = 0  # the signal that this rank was sent
         self._stop = False  # what all ranks agreed on
 
     @property
@@ -106,11 +103,12 @@ class TrainLoop:
         self._introduce()
         show = None if dist_util.is_main() else True  # None: only where there is a terminal
         with (
-            self._catch_signals(),
+            signals.deferred(),
             logging_redirect_tqdm(),
             tqdm(initial=self.step, total=self.last_step, unit="step", disable=show) as bar,
             contextlib.closing(self._batches()) as batches,
         ):
+            self._stop = any(dist_util.max_over_ranks(signals.received(), what="the first step"))
             while not self._stop and not self.finished:
                 if self.run_step(next(batches)):
                     bar.update()
@@ -120,6 +118,7 @@ class TrainLoop:
             if self.step > self.saved_step:
                 self.save()
         self.log.close()
+        self.run.close()
         if dist_util.is_main():
             logger.info("to resume: %s", resume_command(self.run.run_id))
         # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
@@ -139,7 +138,9 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write a checkpoint of this step and point `*_latest.pt` at it."""
+        self.log.flush()
         if dist_util.is_main():
+            self.run.check_held()
             state = self.train_step.network.state_dict()
             checkpoints.save_run(
                 self.run.folder,
@@ -191,7 +192,7 @@ class TrainLoop:
     def _agree(self, bad: bool) -> bool:
         """Whether any rank's numbers are bad; the ranks agree on signals in the same breath."""
         any_bad, any_signal = dist_util.max_over_ranks(
-            int(bad), self._signal, what=f"the end of step {self.step}"
+            int(bad), signals.received(), what=f"the end of step {self.step}"
         )
         self._stop = any_signal > 0
         return bool(any_bad)
@@ -257,7 +258,7 @@ class TrainLoop:
         step, began = self._logged
         self._logged = (self.step, time.perf_counter())
         self.log.add("steps_per_second", (self.step - step) / (self._logged[1] - began))
-        self.log.add("peak_memory_gb", dist_util.peak_memory_gb(self.train_step.device))
+        self.log.add("peak_memory_gb", machine.peak_memory_gb(self.train_step.device))
         self.log.dump(self.step)
 
     def _validate(self) -> None:
@@ -270,12 +271,12 @@ class TrainLoop:
         videos = min(self.config.valid_videos, len(data))
         values = []
         for index in range(dist_util.rank(), videos, dist_util.world_size()):
-            if self._signal:
+            if signals.received():
                 break
             generator = make_generator(self.config.seed, VALIDATION_STREAM, index)
             spread = (index + torch.rand((), generator=generator)) / videos
             values.append(self._measure(self._item(data, index), float(spread), generator))
-        if not any(dist_util.max_over_ranks(self._signal, what="validation")):
+        if not any(dist_util.max_over_ranks(signals.received(), what="validation")):
             for loss, bits in values:
                 self.log.add("valid_loss", loss)
                 self.log.add("valid_bpd", bits)
@@ -299,7 +300,7 @@ class TrainLoop:
         files = []
         with self.train_step.ema_denoiser(self.measures.sample_diffusion) as denoiser:
             for index in range(min(NUM_SAMPLES, len(self.data))):
-                if self._signal:
+                if signals.received():
                     break
                 path = f"{self.run.folder}/samples/sample_{self.step:06d}_{index}.gif"
                 generator = make_generator(self.config.seed, index)
@@ -311,22 +312,6 @@ class TrainLoop:
     def _item(self, data: TrainDataset, index: int) -> FrameBatch:
         """One item, always the same, as a batch on the device."""
         return self.train_step.batch({key: value[None] for key, value in data[0, index].items()})
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Note stop signals instead of dying of them; a second Ctrl-C ends the run at once."""
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
-
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _introduce(self) -> None:
         """What this run is, in a few lines."""

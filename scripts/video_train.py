@@ -1,6 +1,12 @@
+# ruff: noqa: E402
 """Train a video diffusion model, alone or on every rank of mpiexec, torchrun or srun."""
 
 from __future__ import annotations
+
+from improved_diffusion.training import signals
+
+if __name__ == "__main__":
+    signals.watch()  # before all else, which takes its time to be imported
 
 import argparse
 import json
@@ -29,7 +35,8 @@ also the one at wandb (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY).
 
 SIGTERM, SIGINT or SIGUSR1 at any one rank: all ranks finish the step, save, and exit with code 75;
 --resume_id goes on from there. Exit code 1: an error, told in one line; 0: all steps done.
-Under srun add --wait=5, so that an error at one rank ends them all; torchrun turns 75 into 1.
+Under srun add --mpi=none, and --wait=5, so that an error at one rank ends them all; torchrun turns
+75 into 1. One process at a time trains a run: run.lock in its folder names it.
 """
 
 
@@ -48,11 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
-    from improved_diffusion.train_util import (
-        EXIT_INTERRUPTED,
-        create_train_loop,
-        resolve_train_options,
-    )
+    from improved_diffusion.train_util import create_train_loop, resolve_train_options
+    from improved_diffusion.training import run_lock
     from improved_diffusion.training.runs import describe_run
 
     dist_util.setup_dist()
@@ -63,10 +67,17 @@ def main(argv: list[str] | None = None) -> None:
         if dist_util.is_main():
             print(json.dumps(description, indent=2))
     else:
-        interrupted = create_train_loop(train, data, model, diffusion).run_loop()
+        try:
+            with dist_util.memory_errors_named("a lower --batch_size or --microbatch"):
+                interrupted = create_train_loop(train, data, model, diffusion).run_loop()
+        except signals.Interrupted:
+            interrupted = True
+        finally:
+            run_lock.release_all()
     dist_util.cleanup()
+    signals.end(signals.EXIT_INTERRUPTED if interrupted else 0)
     if interrupted:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(signals.EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

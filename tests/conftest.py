@@ -1,6 +1,7 @@
 """Every test runs offline, on one thread, with nothing read from the user's folders."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -14,3 +15,12 @@ torch.set_num_threads(1)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_ARRAY_TASK_ID", "DIFFUSION_BLOB_LOGDIR", "DATA_ROOT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_run_stays_locked() -> Iterator[None]:
+    """A loop that a test makes but does not run to its end holds its run; let go of it."""
+    yield
+    from improved_diffusion.training import run_lock
+
+    run_lock.release_all()

@@ -107,8 +107,8 @@ def test_a_complete_set_is_loadable_wherever_a_save_is_killed(tmp_path, monkeypa
         return counted
 
     budget = [-1]
-    for name in ("_write", "_link", "_remove"):
-        monkeypatch.setattr(checkpoints, name, die_after(budget, getattr(checkpoints, name)))
+    for module, name in ((checkpoints, "_write"), (checkpoints, "_link"), (paths, "remove")):
+        monkeypatch.setattr(module, name, die_after(budget, getattr(module, name)))
     changes = 0
     for changes in range(20):
         folder = tmp_path / str(changes)
@@ -125,7 +125,14 @@ def test_a_complete_set_is_loadable_wherever_a_save_is_killed(tmp_path, monkeypa
                 run.model_state["count"] == run.step and run.opt_state["position"] == 4 * run.step
             )
             assert run.ema_states["0.9999"]["weight"][0, 0] == run.step + 0.5
-    assert changes == (9 if latest_only else 6)
+            budget[0] = -1
+            checkpoints.end_killed_saves(str(folder))
+            kept = (
+                [] if latest_only else [name for s in range(run.step) for name in numbered(s + 1)]
+            )
+            assert names(folder) == sorted(kept + LATEST)
+            assert checkpoints.load_run(str(folder)).step == run.step
+    assert changes == (10 if latest_only else 7)
 
 
 def test_a_folder_without_a_complete_set_has_no_resume_step(tmp_path):
@@ -134,8 +141,10 @@ def test_a_folder_without_a_complete_set_has_no_resume_step(tmp_path):
     for name in ("opt_000003.pt", "opt_latest.pt"):
         (tmp_path / name).unlink()
     assert checkpoints.find_resume_step(str(tmp_path)) is None
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="no whole set to go on from"):
         checkpoints.load_run(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        checkpoints.load_run(str(tmp_path / "new"))
 
 
 def test_latest_files_of_two_steps_are_no_set(tmp_path):

@@ -15,8 +15,11 @@ LAUNCH_VARIABLES = (
     "WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
     "SLURM_PROCID",
+    "PMI_SIZE",
     *dist_util.MPI_RANK_VARIABLES,
+    *dist_util.MPIEXEC_VARIABLES,
 )
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,15 @@ LAUNCH_VARIABLES = (
         ({}, ""),
         ({"OMPI_ALLOW_RUN_AS_ROOT": "1", "PMIX_MCA_gds": "hash"}, ""),
         ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "0"}, "torchrun"),
-        ({"PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "mpi"),
+        # mpiexec inside a job, whose helpers MPICH starts with srun
+        ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}, "mpi"),
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, "mpi"),
+        ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, "mpi"),
+        ({**SRUN, "PMIX_RANK": "1", "OMPI_COMM_WORLD_RANK": "1"}, "mpi"),
+        # srun with MpiDefault=pmi2 and pmix
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9"}, "srun"),
+        ({**SRUN, "PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0"}, "srun"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0"}, ""),
         ({"OMPI_COMM_WORLD_RANK": "1"}, "mpi"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "srun"),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ""),

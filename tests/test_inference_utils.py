@@ -153,7 +153,8 @@ def test_adaptive_modes_take_the_latent_frames_of_the_plain_ones(sizes):
     mode, T, _, max_frames, step_size = sizes
     strategy = make(*sizes, options=L2)
     strategy.set_videos(array("adaptive", [2, T, 3, 2, 2]))
-    plain = list(make(mode.removeprefix("adaptive-"), *sizes[1:]))
+    plain_mode = mode.removeprefix("adaptive-").removeprefix("recall-")
+    plain = list(make(plain_mode, *sizes[1:]))
     for (observed, latent), (plain_observed, plain_latent) in zip(strategy, plain, strict=True):
         assert latent == [plain_latent, plain_latent]
         for frames in observed:

@@ -1,6 +1,7 @@
 """The log's sinks: whole rows in progress.csv, and a wandb that cannot stop a run."""
 
 import csv
+import os
 import socket
 import subprocess
 import sys
@@ -157,3 +158,60 @@ def test_training_does_not_wait_for_wandb_to_start(monkeypatch):
     release.set()
     run.finish()
     assert logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), "finished"]
+
+
+HANGING_WANDB = """
+import atexit, os, threading, time
+from types import SimpleNamespace
+
+def hang(*args, **kwargs):
+    time.sleep(3600)
+
+def nothing(*args, **kwargs):
+    pass
+
+where = os.environ["HANGS_IN"]
+api = SimpleNamespace(api_key=None)
+run = SimpleNamespace(
+    log=hang if where == "log" else nothing, finish=hang if where == "finish" else nothing
+)
+
+def init(*args, **kwargs):
+    if where == "init":
+        hang()
+    if where == "exit":
+        atexit.register(hang)
+        threading.Thread(target=hang).start()
+    return run
+"""
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish", "exit"])
+def test_a_wandb_that_hangs_does_not_keep_a_process_that_is_done(tmp_path, where):
+    (tmp_path / "wandb.py").write_text(HANGING_WANDB)
+    code = f"""
+import sys
+from improved_diffusion.training import signals
+signals.watch()
+from improved_diffusion import logger
+logger.WANDB_FINISH_LIMIT_S = signals.EXIT_LIMIT_S = 0.5
+log = logger.RunLogger({str(tmp_path)!r}, "id", {{}}, 0)
+log.add("loss", 1.0)
+log.dump(1)
+log.close()
+signals.end(75)
+sys.exit(75)
+"""
+    python_path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {"HANGS_IN": where, "WANDB_MODE": "offline", "PYTHONPATH": python_path}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75, done.stderr
+    told = "wandb: not finished after 0 s: leaving without it" in done.stderr
+    assert told == (where != "exit")
+    assert rows(tmp_path / "progress.csv") == [{"step": "1", "loss": "1.0"}]

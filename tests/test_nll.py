@@ -196,7 +196,7 @@ def test_a_step_of_the_network_is_bounded_on_the_frames_of_the_strategy(checkpoi
         diffusion_steps=3, noise_schedule="cosine", predict_xstart=True
     ))  # fmt: skip
     video = np.load(tmp_path / "data/test/2.npy").transpose(0, 3, 1, 2)
-    bound = nll.Bound(model, diffusion, seed=0, batch_size=3, device="cpu")
+    bound = nll.StepBound(Denoiser(model, diffusion), seed=0, batch_size=3, device="cpu")
     for step, indices in enumerate(([2, 3, 4, 5], [4, 5, 6, 7])):
         expected = bound(video[indices], indices, 2, (2, step))
         assert load(bounds, 2)[step] == pytest.approx(expected, rel=1e-5)
@@ -224,7 +224,7 @@ def test_finished_videos_are_skipped_and_unfinished_ones_go_on(checkpoint, monke
     stamp = kept.stat().st_mtime_ns
     broken.write_bytes(broken.read_bytes()[:-3])
     steps = []
-    original = nll.Bound.__call__
+    original = nll.StepBound.__call__
 
     def dying(self, frames, indices, num_observed, key):
         if len(steps) == 1:
@@ -233,7 +233,7 @@ def test_finished_videos_are_skipped_and_unfinished_ones_go_on(checkpoint, monke
         steps.append(key)
         return original(self, frames, indices, num_observed, key)
 
-    monkeypatch.setattr(nll.Bound, "__call__", dying)
+    monkeypatch.setattr(nll.StepBound, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
         bound_dataset(checkpoint)
     bound_dataset(checkpoint)

@@ -61,20 +61,20 @@ def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path):  # no
         time.sleep(0.005)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    calls = []
-    original = video_sampling.VideoSampler._sample_rows
+    stages = []
 
     class Counting(video_sampling.VideoSampler):
-        def _sample_rows(self, *args):
-            calls.append(args[-1])
-            original(self, *args)
+        def sample(self, *args):
+            for stage, frames in super().sample(*args):
+                stages.append(stage)
+                yield stage, frames
 
     video_sampling.VideoSampler, kept = Counting, video_sampling.VideoSampler
     try:
         eval_dir = sample(checkpoint, indices=(0,), obs_length=1, eval_dir="killed")
     finally:
         video_sampling.VideoSampler = kept
-    assert calls and calls[0] > 0, f"started again at step {calls[:1]}"
+    assert stages and stages[0] > 0, f"started again at stage {stages[:1]}"
     np.testing.assert_array_equal(load(eval_dir, 0), load(whole, 0))
     assert not (folder / "partial").exists()
 
@@ -144,8 +144,9 @@ class TestOptimalSchedule:
         assert len(copied) == self.search.num_videos
 
     def test_averages_over_the_middles_of_equal_parts_of_the_chain(self):
+        chain = SimpleNamespace(diffusion=SimpleNamespace(num_timesteps=100))
         error = optimal_schedule.DenoisingError(
-            None, SimpleNamespace(num_timesteps=100), np.zeros((2, 8, 3, 4, 4), np.uint8),
+            chain, np.zeros((2, 8, 3, 4, 4), np.uint8),
             num_timesteps=4, batch_size=1, seed=0, device="cpu",
         )  # fmt: skip
         assert error.rows == [(v, t) for v in range(2) for t in (12, 37, 62, 87)]

@@ -170,7 +170,8 @@ def modules_after(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["inference_utils", "config", "registry", "script_util", "data.paths", "data.frame_masks"],
+    "inference_utils config registry script_util data.paths data.frame_masks data.frame_selection "
+    "sampling.options evaluation.options study.options".split(),
 )
 def test_light_modules_load_nothing_heavy(module):
     loaded = modules_after(f"import improved_diffusion.{module}")

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from improved_diffusion import dist_util, fp16_util, train_util
+from improved_diffusion import dist_util, fp16_util
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints
 from improved_diffusion.nn import ema_decay, update_ema
+from improved_diffusion.training import signals
 from improved_diffusion.training.train_step import learning_rate
 from train_runs import (
     ROOT,
@@ -108,9 +109,7 @@ def test_a_mistake_ends_the_command_without_a_traceback(tmp_path):
 def test_help_explains_signals_and_exit_codes(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0
-    assert (
-        "SIGUSR1" in done.stdout and f"exit with code {train_util.EXIT_INTERRUPTED}" in done.stdout
-    )
+    assert "SIGUSR1" in done.stdout and f"exit with code {signals.EXIT_INTERRUPTED}" in done.stdout
 
 
 @pytest.mark.slow
@@ -199,7 +198,7 @@ def test_files_that_a_killed_save_left_are_removed_on_resuming(videos):
     mine = folder / ".hidden.tmp"
     for name in (".opt_000002.pt.ab_12x.tmp", "ema_0.99_latest.pt.77.tmp", mine.name):
         (folder / name).write_bytes(b"half")
-    make_loop(videos, resume_id="run")
+    make_loop(videos, resume_id="run").run.close()
     assert {path.name for path in folder.iterdir()} == before | {mine.name}
 
 
@@ -218,9 +217,15 @@ def awake_loop(videos, **options):
     return loop
 
 
+def items(loop):
+    """A batch of training items, as the loader would give it."""
+    keys = [(0, index % len(loop.data)) for index in range(loop.config.batch_size)]
+    return torch.utils.data.default_collate([loop.data[key] for key in keys])
+
+
 def gradients(loop):
-    loop.train_step._update = lambda: None
-    loop.run_step(next(loop._batches()))
+    loop.train_step.optimizer.step = lambda: None
+    loop.run_step(items(loop))
     return [param.grad for param in loop.train_step.network.parameters()]
 
 
@@ -321,14 +326,14 @@ def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
     loop.train_step.loss_scale.log2 = 0.5
     spoil(loop, {0})
     with pytest.raises(ValueError, match="the float16 loss scale fell below 2.0: .* --use_fp16"):
-        loop.run_step(next(loop._batches()))
+        loop.run_step(items(loop))
 
 
 def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
     loop = make_loop(videos)
     loop.train_step.loss_scale = fp16_util.LossScale(0.001)
     loop.train_step.loss_scale.log2 = 200.0
-    assert loop.run_step(next(loop._batches())) is False
+    assert loop.run_step(items(loop)) is False
     assert (loop.step, loop.train_step.loss_scale.log2) == (0, 199.0)
     assert not caplog.records
 
@@ -413,17 +418,17 @@ def test_weights_of_another_network_are_refused(videos):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", train_util.STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     loop = make_loop(videos, max_steps=0, save_interval=100)
-    real = loop.train_step._update
+    real = loop.train_step.optimizer.step
 
     def update():
         real()
-        if loop.step == 3:
+        if loop.step == 2:  # while the third update is made
             os.kill(os.getpid(), number)
 
-    loop.train_step._update = update
+    loop.train_step.optimizer.step = update
     before = signal.getsignal(number)
     assert loop.run_loop() is True
     assert checkpoints.find_resume_step(loop.run.folder) == loop.step == 4
@@ -445,7 +450,7 @@ def test_a_signal_to_the_whole_process_group_saves_and_exits_with_the_documented
     wait_for(tmp_path / "checkpoints" / "run" / "model_000002.pt", process)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == train_util.EXIT_INTERRUPTED, errors
+    assert process.returncode == signals.EXIT_INTERRUPTED, errors
     assert "to resume:" in errors and "Traceback" not in errors
 
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from improved_diffusion import train_util
 from improved_diffusion.data import checkpoints
+from improved_diffusion.training import signals
 from train_runs import (
     MPIEXEC,
     SCRIPT,
@@ -29,17 +29,18 @@ def videos(tmp_path):
 
 def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_path):
     body = """
-        def checked(self):
+        def checked(self, *args):
+            made = update(self, *args)
             grads = torch.cat([p.grad.flatten() for p in self.params.values()])
-            update(self)
             values = torch.cat([p.detach().flatten() for p in self.params.values()])
             for name, own in (("gradients", grads), ("parameters", values)):
                 both = dist_util.all_gather(own[None])
                 assert torch.equal(both[0], both[1]), name
             if dist_util.is_main():
                 print("equal at", self.step, flush=True)
+            return made
 
-        TrainStep._update = checked
+        TrainStep.__call__ = checked
     """
     done = train(
         tmp_path,
@@ -60,22 +61,23 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
     videos, tmp_path
 ):
     body = """
-        def stopped(self):
-            update(self)
+        def stopped(self, *args):
+            made = update(self, *args)
             if self.step == 1 and dist_util.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
+            return made
 
         options = sys.argv[1:]
         sys.argv[1:] = [*options, "--resume_id=whole"]
         video_train.main()
         sys.argv[1:] = [*options, "--resume_id=parts"]
-        TrainStep._update = stopped
+        TrainStep.__call__ = stopped
         try:
             video_train.main()
         except SystemExit as stop:
             with open(f"exit_{os.getpid()}", "w") as file:  # lines of two ranks may mingle
                 file.write(str(stop.code))
-        TrainStep._update = update
+        TrainStep.__call__ = update
     """
     done = train(
         tmp_path,
@@ -85,7 +87,7 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
     )
     assert done.returncode == 0, done.stderr
     codes = [path.read_text() for path in tmp_path.glob("exit_*")]
-    assert codes == [str(train_util.EXIT_INTERRUPTED)] * 2
+    assert codes == [str(signals.EXIT_INTERRUPTED)] * 2
     assert "to resume: mpiexec -n 2 python" in done.stderr
     assert "parts, at step 2" in done.stderr
     assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "parts")
@@ -97,13 +99,14 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
 )
 def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path, error):
     body = f"""
-        def fails(self):
-            update(self)
+        def fails(self, *args):
+            made = update(self, *args)
             if self.step == 1 and dist_util.rank() == 1:
                 open("failed", "w").close()
                 raise {error}
+            return made
 
-        TrainStep._update = fails
+        TrainStep.__call__ = fails
     """
     done = train(
         tmp_path, *flags(videos, num_workers=1), ranks=2, script=rank_script(tmp_path, body)
@@ -235,13 +238,14 @@ SAME_ITEMS = """
             model.double()
         return real_wrap(train_runs.wake_up(model))
 
-    def save(self):
+    def save(self, *args):
+        made = update(self, *args)
         if dist_util.is_main():
             torch.save([param.grad for param in self.params.values()], f"{dist_util.world_size()}.pt")
-        self.step += 1
+        return made
 
     real_losses, real_wrap = TrainStep.losses, dist_util.wrap_ddp
-    TrainStep.losses, TrainStep._update, dist_util.wrap_ddp = losses, save, wrap
+    TrainStep.losses, TrainStep.__call__, dist_util.wrap_ddp = losses, save, wrap
     Loop.finished = property(lambda self: self.step > 0)
 """
 

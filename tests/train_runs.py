@@ -91,14 +91,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def train(
-    cwd: Path, *arguments: str, ranks: int = 0, script: str = SCRIPT, **options
+    cwd: Path,
+    *arguments: str,
+    ranks: int = 0,
+    script: str = SCRIPT,
+    variables: dict[str, str] | None = None,
+    **options,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command (`ranks` > 0: under mpiexec) in `cwd`; stdout and stderr as text."""
     launch = [MPIEXEC, "-n", str(ranks)] if ranks else []
     return subprocess.run(
         [*launch, sys.executable, script, *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment(**(variables or {})),
         capture_output=True,
         text=True,
         timeout=120,
@@ -113,10 +118,10 @@ def rank_script(folder: Path, body: str) -> str:
         "import functools, os, signal, sys, time, torch\n"
         f"sys.path[:0] = [{str(ROOT / 'scripts')!r}, {str(ROOT / 'tests')!r}]\n"
         "import video_train\n"
-        "from improved_diffusion import dist_util, registry, train_util\n"
+        "from improved_diffusion import dist_util, registry, resample, train_util\n"
         "from improved_diffusion.training.train_step import TrainStep\n"
         "from improved_diffusion.script_util import run_main\n"
-        "Loop, update = train_util.TrainLoop, TrainStep._update\n"
+        "Loop, update = train_util.TrainLoop, TrainStep.__call__\n"
         + textwrap.dedent(body)
         + "\nrun_main(video_train.main)\n"
     )

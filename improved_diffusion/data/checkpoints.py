@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from improved_diffusion.data import paths
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     StateDict = Mapping[str, Tensor]
 
 logger = logging.getLogger(__name__)
+
+MARKER = "latest_step.json"  # in a blob store: the step of *_latest.pt, which all are of it
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,23 @@ class WeightsFile:
 
 
 @dataclass(frozen=True)
+class SavedSet:
+    """Where one complete set is: `step` updates; `suffix` as in the names, None for latest."""
+
+    folder: str
+    step: int
+    suffix: int | None
+
+    def path(self, kind: str) -> str:
+        """The file of `kind`: model, opt, ema_<rate>."""
+        return paths.checkpoint_path(self.folder, kind, self.suffix)
+
+
+@dataclass(frozen=True)
 class RunState:
     """One complete set: what a run needs to go on after `step` updates."""
 
+    source: SavedSet
     step: int
     config: dict[str, Any]
     model_state: dict[str, Tensor]
@@ -54,7 +71,11 @@ def load_weights(path: str) -> WeightsFile:
 
     Raises FileNotFoundError for a missing file, ValueError for a truncated or foreign one.
     """
-    content = _read(path)
+    return _weights(path)
+
+
+def _weights(path: str, *, in_file: bool = False) -> WeightsFile:
+    content = _read(path, in_file=in_file)
     missing = [key for key in ("state_dict", "config", "step") if key not in content]
     if missing:
         raise ValueError(
@@ -71,15 +92,19 @@ def _float32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _read(path: str) -> dict[str, Any]:
-    """The dict in a checkpoint file; nothing but tensors and plain types is unpickled."""
+def _read(path: str, *, in_file: bool = False) -> dict[str, Any]:
+    """The dict in a checkpoint file; nothing but tensors and plain types is unpickled.
+
+    `in_file` leaves the tensors of a local file in it: pages are read when they are used, and
+    processes share them.
+    """
     import torch
 
-    if not _exists(path):
+    if not paths.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        with _open(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = _load(path, in_file=in_file and not paths.is_remote(path))
     except OSError as error:
         raise type(error)(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises many types for bytes that are no checkpoint
@@ -94,87 +119,182 @@ def _read(path: str) -> dict[str, Any]:
     return content
 
 
+def _load(path: str, *, in_file: bool) -> Any:
+    import torch
+
+    if in_file:
+        with contextlib.suppress(RuntimeError, OSError):  # the oldest format cannot stay in a file
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with paths.open_binary(path) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def find_resume_step(folder: str) -> int | None:
     """The step of the newest complete set in a run's folder, None where there is none."""
-    return max((step for step, _ in _complete_sets(folder)), default=None)
+    return max((found.step for found in _complete_sets(folder)), default=None)
+
+
+def load_newest(folder: str) -> RunState | None:
+    """The newest complete set whose files can all be read; None in a folder without checkpoints.
+
+    A warning names each damaged file that was passed over. Raises ValueError where there are files
+    of a run but no whole set: starting over would overwrite them.
+    """
+    problem = "no model_*.pt with its opt_*.pt"
+    for found in sorted(_complete_sets(folder), key=lambda found: -found.step):
+        try:
+            return load_set(found)
+        except (ValueError, FileNotFoundError) as error:
+            problem = str(error)
+            logger.warning("%s; looking for an older checkpoint", problem)
+    if not _names(folder):
+        return None
+    raise ValueError(
+        f"{folder} has checkpoint files but no whole set to go on from ({problem}): "
+        "mend or move them, or train under another --resume_id"
+    )
 
 
 def load_run(folder: str) -> RunState:
-    """The newest complete set of a run's folder.
-
-    Raises FileNotFoundError where there is none, ValueError for a damaged file.
-    """
-    sets = _complete_sets(folder)
-    if not sets:
+    """As `load_newest`; raises FileNotFoundError in a folder without checkpoints."""
+    state = load_newest(folder)
+    if state is None:
         raise FileNotFoundError(f"{folder}: no complete checkpoint (model_*.pt with its opt_*.pt)")
-    step, suffix = max(sets, key=lambda item: item[0])
-    model = load_weights(paths.checkpoint_path(folder, "model", suffix))
-    opt_state = _read(paths.checkpoint_path(folder, "opt", suffix))
-    emas = {
-        name.ema_rate: load_weights(f"{folder}/{file}").state_dict
-        for file, name in _names(folder)
-        if name.ema_rate is not None and name.step == suffix
-    }
-    return RunState(step, model.config, model.state_dict, emas, opt_state)
+    return state
+
+
+def load_set(found: SavedSet) -> RunState:
+    """The state of one set; tensors of local files lie in the files until they are touched.
+
+    Averages of another step than the set's are told and left. Raises FileNotFoundError or
+    ValueError naming the file that is missing or damaged.
+    """
+    model = _weights(found.path("model"), in_file=True)
+    opt_state = _read(found.path("opt"), in_file=True)
+    _require_step(found.path("model"), model.step, found.step)
+    _require_step(found.path("opt"), opt_state.get("step"), found.step)
+    emas = {}
+    for rate in (name.ema_rate for _, name in _names(found.folder) if name.step == found.suffix):
+        if rate is None:
+            continue
+        path = found.path(paths.ema_kind(rate))
+        weights = _weights(path, in_file=True)
+        if weights.step == found.step:
+            emas[rate] = weights.state_dict
+        else:
+            logger.warning("%s is of step %d, not of %d: left out", path, weights.step, found.step)
+    return RunState(found, found.step, model.config, model.state_dict, emas, opt_state)
+
+
+def _require_step(path: str, stored: object, step: int) -> None:
+    if stored is not None and stored != step:
+        raise ValueError(f"{path}: holds step {stored}, not {step}")
 
 
 def _names(folder: str) -> list[tuple[str, paths.CheckpointName]]:
     """(file, parsed name) of the checkpoint files in `folder`, which need not exist."""
-    if not _exists(folder):
+    if not paths.exists(folder):
         return []
-    files = sorted(_listdir(folder))
+    files = sorted(paths.listdir(folder))
     return [
         (file, name) for file in files if (name := paths.parse_checkpoint_name(file)) is not None
     ]
 
 
-def _complete_sets(folder: str) -> list[tuple[int, int | None]]:
-    """(step, step in the file names) of the complete sets; None in the names stands for latest."""
+def _kinds(folder: str, step: int) -> list[str]:
+    """The kinds of file (model, ema_<rate>, opt) that the numbered set of `step` has, opt last."""
+    names = [name for _, name in _names(folder) if name.step == step]
+    kinds = [
+        name.kind if name.ema_rate is None else paths.ema_kind(name.ema_rate) for name in names
+    ]
+    return sorted(kinds, key=lambda kind: ({"model": 0, "opt": 2}.get(kind, 1), kind))
+
+
+def _complete_sets(folder: str) -> list[SavedSet]:
+    """The sets that have a model and an optimiser file, of which `latest` need a common step."""
     kinds: dict[int | None, set[str]] = {}
     for _, name in _names(folder):
         kinds.setdefault(name.step, set()).add(name.kind)
     complete = [suffix for suffix, found in kinds.items() if {"model", "opt"} <= found]
-    sets: list[tuple[int, int | None]] = [
-        (suffix, suffix) for suffix in complete if suffix is not None
-    ]
+    sets = [SavedSet(folder, suffix, suffix) for suffix in complete if suffix is not None]
     if None in complete:
-        steps = {
-            _stored_step(f"{folder}/{file}") for file, name in _names(folder) if name.step is None
-        }
-        if len(steps) == 1:  # a killed save can leave links to two sets; then one is here by number
-            newest = steps.pop()
-            if newest not in complete:
-                sets.append((newest, None))
+        newest = _latest_step(folder)
+        if newest is not None and newest not in complete:
+            sets.append(SavedSet(folder, newest, None))
     return sets
 
 
-def _stored_step(path: str) -> int:
-    """The step inside a file, read without its tensors where the file is local."""
-    import torch
+def _latest_step(folder: str) -> int | None:
+    """The step of both `model_latest.pt` and `opt_latest.pt`; None where they differ.
 
-    if paths.is_remote(path):
-        return int(_read(path)["step"])
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:
-        return int(_read(path)["step"])  # says in one line what is wrong with the file
+    A killed save can leave links to two sets; then one of them is here by number. A file that
+    cannot be read counts as one of the other's step: reading the set will say what is wrong.
+    """
+    if paths.is_remote(folder) and paths.exists(f"{folder}/{MARKER}"):
+        with paths.open_binary(f"{folder}/{MARKER}") as file:
+            return int(json.loads(file.read())["step"])
+    steps = set()
+    for kind in ("model", "opt"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = _read(paths.checkpoint_path(folder, kind, None), in_file=True)
+            steps.add(int(content["step"]))
+    return steps.pop() if len(steps) == 1 else None
 
 
 # ---------------------------------------------------------------- writing
 
 
-def remove_leftovers(folder: str) -> None:
-    """Remove the temporary files that a killed save left in a run's local folder.
+# While a set is written or removed an empty file names it, so that the next start can end what a
+# kill left half done: one that is kept by number, one that becomes *_latest.pt alone, one that goes.
+KEPT, PASSING, GOING = "begun", "passing", "going"
 
-    For when nothing writes there: a save under way would lose its file.
+
+def _mark_path(folder: str, step: int, what: str) -> str:
+    return f"{folder}/.{os.path.basename(paths.checkpoint_path('', 'opt', step))}.{what}.tmp"
+
+
+@contextlib.contextmanager
+def _marked(folder: str, step: int, what: str) -> Iterator[None]:
+    path = _mark_path(folder, step, what)
+    try:
+        with paths.atomic_write(path):
+            pass
+    except OSError as error:
+        raise _cannot_write(paths.checkpoint_path(folder, "model", step), error) from error
+    yield
+    paths.remove(path)
+
+
+def end_killed_saves(folder: str) -> None:
+    """Finish or undo the saves that a kill left half done in a run's folder.
+
+    For when nothing else writes there: a save under way would lose its files.
     """
-    if paths.is_remote(folder) or not os.path.isdir(folder):
+    if not paths.exists(folder):
         return
-    for file in os.listdir(folder):
-        match = re.fullmatch(r"\.?(\w+_[\w.+-]+\.pt)\.\w+\.tmp", file)
-        if match and paths.parse_checkpoint_name(match[1]):
-            os.unlink(f"{folder}/{file}")
+    for file in paths.listdir(folder):
+        mark = re.fullmatch(rf"\.(opt_\d+\.pt)\.({KEPT}|{PASSING}|{GOING})\.tmp", file)
+        name = paths.parse_checkpoint_name(mark[1]) if mark else None
+        if mark and name and name.step is not None:
+            if mark[2] == GOING or not {"model", "opt"} <= set(_kinds(folder, name.step)):
+                _remove_set(folder, name.step)
+            else:
+                _publish(folder, name.step, latest_only=mark[2] == PASSING)
+            paths.remove(f"{folder}/{file}")
+    _remove_temporaries(folder)
+
+
+def _remove_temporaries(folder: str) -> None:
+    """The temporary files of killed writes of what a run's local folder holds."""
+    if paths.is_remote(folder):
+        return
+    for place, pattern in (
+        (folder, r"\w+_[\w.+-]+\.pt|progress\.csv|config\.json"),
+        (f"{folder}/samples", r"sample_\d+_\d+\.gif"),
+    ):
+        for file in os.listdir(place) if os.path.isdir(place) else ():
+            if re.fullmatch(rf"\.?({pattern})\.\w+\.tmp", file):
+                os.unlink(f"{place}/{file}")
 
 
 def save_run(
@@ -192,7 +312,8 @@ def save_run(
 
     `ema_states` by rate; `opt_state`: all else that an exact resume needs. `latest_only` leaves
     only `*_latest.pt` of this set, `keep` the newest so many numbered sets (0: all).
-    Raises OSError with a clear message where the disk is full or the folder not writable.
+    Raises OSError with a clear message where the disk is full or the folder not writable; what was
+    written of the set is removed then.
     """
     weights = {"model": model_state, **{paths.ema_kind(rate): s for rate, s in ema_states.items()}}
     contents: dict[str, Any] = {
@@ -200,17 +321,35 @@ def save_run(
         for kind, state in weights.items()
     }
     contents["opt"] = {**opt_state, "step": step}
-    for kind, content in contents.items():
-        _write(paths.checkpoint_path(folder, kind, step), content)
-    for kind in contents:
-        _link(paths.checkpoint_path(folder, kind, step), paths.checkpoint_path(folder, kind, None))
+    with _marked(folder, step, PASSING if latest_only else KEPT):
+        try:
+            for kind, content in contents.items():
+                _write(paths.checkpoint_path(folder, kind, step), content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                end_killed_saves(folder)
+            raise
+        _publish(folder, step, latest_only=latest_only)
     logger.info("saved %s", paths.checkpoint_path(folder, "model", None if latest_only else step))
+    if keep and not latest_only:
+        numbered = sorted(found.suffix or 0 for found in _complete_sets(folder))
+        for old in [number for number in numbered if number <= step][:-keep]:
+            with _marked(folder, old, GOING):
+                _remove_set(folder, old)
+
+
+def _publish(folder: str, step: int, *, latest_only: bool) -> None:
+    """Point `*_latest.pt` at the set of `step`, which loses its number with `latest_only`."""
+    remote = paths.is_remote(folder)
+    if remote and paths.exists(f"{folder}/{MARKER}"):
+        paths.remove(f"{folder}/{MARKER}")  # until all of them are of one step again
+    for kind in _kinds(folder, step):
+        _link(paths.checkpoint_path(folder, kind, step), paths.checkpoint_path(folder, kind, None))
+    if remote:
+        with paths.atomic_write(f"{folder}/{MARKER}") as marker:
+            marker.write(json.dumps({"step": step}).encode())
     if latest_only:
         _remove_set(folder, step)
-    elif keep:
-        steps = sorted(suffix for _, suffix in _complete_sets(folder) if suffix is not None)
-        for old in steps[:-keep]:
-            _remove_set(folder, old)
 
 
 def _write(path: str, content: Any) -> None:
@@ -220,11 +359,13 @@ def _write(path: str, content: Any) -> None:
         with paths.atomic_write(path) as file:
             torch.save(_portable(content), file)
     except (OSError, RuntimeError) as error:  # torch hides a failing write in a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0]
-        raise OSError(
-            f"cannot write {path}: {reason}; the last complete checkpoint is untouched"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str, error: Exception) -> OSError:
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0]
+    return OSError(f"cannot write {path}: {reason}; the last complete checkpoint is untouched")
 
 
 def _portable(value: Any) -> Any:
@@ -264,40 +405,4 @@ def _remove_set(folder: str, step: int) -> None:
     """Remove the numbered files of a set, `opt` first: without it the set no longer counts."""
     files = [(name.kind != "opt", file) for file, name in _names(folder) if name.step == step]
     for _, file in sorted(files):
-        _remove(f"{folder}/{file}")
-
-
-# ---------------------------------------------------------------- local and remote files
-
-
-def _exists(path: str) -> bool:
-    if not paths.is_remote(path):
-        return os.path.exists(path)
-    import blobfile
-
-    return blobfile.exists(path)
-
-
-def _listdir(folder: str) -> list[str]:
-    if not paths.is_remote(folder):
-        return os.listdir(folder)
-    import blobfile
-
-    return list(blobfile.listdir(folder))
-
-
-def _open(path: str) -> BinaryIO:
-    if not paths.is_remote(path):
-        return open(path, "rb")
-    import blobfile
-
-    return blobfile.BlobFile(path, "rb", streaming=False)
-
-
-def _remove(path: str) -> None:
-    if not paths.is_remote(path):
-        os.unlink(path)
-        return
-    import blobfile
-
-    blobfile.remove(path)
+        paths.remove(f"{folder}/{file}")

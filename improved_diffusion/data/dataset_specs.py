@@ -7,6 +7,7 @@ generated, `make` writes them on first use.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from improved_diffusion import bouncy_balls
-from improved_diffusion.data import paths, video_io
+from improved_diffusion.data import paths, ray_mazes, video_io
 
 CSV_LINE = re.compile(r"\d+,(.+)")
 
@@ -152,6 +153,18 @@ def _make_bouncy_balls(folder: Path, image_size: int) -> None:
     bouncy_balls.make_dataset(folder)
 
 
+def _ray_mazes(name: str) -> DatasetSpec:
+    return DatasetSpec(
+        name,
+        Path(name + "_{image_size}"),
+        ray_mazes.WORLDS[name].num_frames,
+        ray_mazes.IMAGE_SIZE,
+        ray_mazes.IMAGE_SIZE,
+        make=functools.partial(ray_mazes.make_dataset, name),
+        made_sizes=(32, 64, 128, 256),
+    )
+
+
 def _carla(name: str) -> DatasetSpec:
     return DatasetSpec(
         f"carla_{name.replace('-', '_')}",
@@ -172,6 +185,8 @@ BOUNCY_BALLS = DatasetSpec(
     bouncy_balls.IMAGE_SIZE,
     make=_make_bouncy_balls,
 )
+COLOUR_MAZES = _ray_mazes("colour_mazes")
+MAZE_LAPS = _ray_mazes("maze_laps")
 MAZES_CWVAE = DatasetSpec(
     "mazes_cwvae",
     Path("gqn_mazes-torch"),

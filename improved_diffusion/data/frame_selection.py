@@ -75,6 +75,66 @@ def farthest_points(
     return sorted(chosen)
 
 
+def moment_distances(embeddings: np.ndarray, window: int) -> np.ndarray:
+    """How different each frame's moment looks from the last frame's, float64 [N].
+
+    The moment of frame t is the `window` frames up to t; two of them differ by the mean of the squared
+    Euclidean distances of their frames, in order. Infinite where the video is too short for one.
+
+    Args:
+        embeddings: [N, d] of frames 0 to N-1.
+    """
+    count = len(embeddings)
+    if count < window:
+        return np.full(count, np.inf)
+    total = np.zeros(count - window + 1)
+    for back in range(window):
+        difference = embeddings[window - 1 - back : count - back] - embeddings[count - 1 - back]
+        total += np.einsum("nd,nd->n", difference, difference)
+    return np.concatenate([np.full(window - 1, np.inf), total / window])
+
+
+def similar_moments(distances: np.ndarray, gap: int, count: int) -> list[int]:
+    """The moments nearest to the last frame's, nearest first, the earlier one on ties.
+
+    At most `count` of them, each named by its last frame, at least `gap` frames apart from one another
+    and from the last frame of all.
+
+    Args:
+        distances: [N] from `moment_distances`.
+    """
+    left = np.array(distances, dtype=np.float64)
+    left[max(0, len(left) - gap) :] = np.inf
+    moments: list[int] = []
+    while len(moments) < count and np.isfinite(left).any():
+        moments.append(int(left.argmin()))
+        left[max(0, moments[-1] - gap + 1) : moments[-1] + gap] = np.inf
+    return moments
+
+
+def recalled_frames(moments: Sequence[int], recent: Sequence[int], places: int) -> list[int]:
+    """At most `places` frames in order: those that follow the moments, and the `recent` ones.
+
+    The places beside the recent frames are shared equally, the first moments getting what is left
+    over; what they cannot use, since frames are taken or do not exist yet, goes to the frames
+    before the recent ones.
+
+    Args:
+        moments: distinct frames, most important first.
+        recent: frames at the end of the video so far, at least one.
+    """
+    taken = set(last_items(recent, places))
+    for i, moment in enumerate(moments):
+        share = -(-(places - len(taken)) // (len(moments) - i))
+        following = [moment + 1 + k for k in range(share)]
+        taken.update(frame for frame in following if frame <= recent[-1])
+    for frame in range(recent[-1], -1, -1):
+        if len(taken) >= places:
+            break
+        taken.add(frame)
+    return sorted(taken)
+
+
 def step_fault(
     observed: Sequence[int],
     latent: Sequence[int],

@@ -131,6 +131,43 @@ def _remote_write(path: str) -> Iterator[BinaryIO]:
                 blob.write(chunk)
 
 
+def exists(path: str) -> bool:
+    """Whether there is a local or remote file or folder of this name."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    import blobfile
+
+    return blobfile.exists(path)
+
+
+def listdir(folder: str) -> list[str]:
+    """The names in a local or remote folder."""
+    if not is_remote(folder):
+        return os.listdir(folder)
+    import blobfile
+
+    return list(blobfile.listdir(folder))
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A local or remote file to read bytes from; a remote one is copied here first."""
+    if not is_remote(path):
+        return open(path, "rb")
+    import blobfile
+
+    return blobfile.BlobFile(path, "rb", streaming=False)
+
+
+def remove(path: str) -> None:
+    """Remove a local or remote file; raises FileNotFoundError where there is none."""
+    if not is_remote(path):
+        os.unlink(path)
+        return
+    import blobfile
+
+    blobfile.remove(path)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

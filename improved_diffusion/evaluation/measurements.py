@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion.dist_util import default_device
+from improved_diffusion.data.machine import default_device
 from improved_diffusion.evaluation.cache import Cache, cache_name
 from improved_diffusion.evaluation.metrics import Measure
 from improved_diffusion.evaluation.options import EvalConfig

@@ -58,8 +58,9 @@ class DenoisingError:
         num_timesteps: int,
         batch_size: int,
         seed: int,
+        device: str,
     ):
-        self.denoiser, self.videos = denoiser, videos
+        self.denoiser, self.videos, self.device = denoiser, videos, device
         self.batch_size, self.seed = batch_size, seed
         chain = denoiser.diffusion.num_timesteps
         parts = np.linspace(0, chain, num_timesteps, endpoint=False)
@@ -78,15 +79,14 @@ class DenoisingError:
     def _errors(
         self, step: int, observed: list[int], latent: list[int], rows: list[tuple[int, int]]
     ) -> torch.Tensor:
-        device = next(self.denoiser.network.parameters()).device
         indices = np.array([observed + latent] * len(rows))
         frames = self.videos[[video for video, _ in rows]][:, indices[0]]
-        batch = FrameBatch.from_uint8(frames, indices, len(observed), device)
-        t = torch.tensor([t for _, t in rows], device=device)
+        batch = FrameBatch.from_uint8(frames, indices, len(observed), self.device)
+        t = torch.tensor([t for _, t in rows], device=self.device)
         generators = [make_generator(self.seed, video, step, timestep) for video, timestep in rows]
         noise = torch.zeros_like(batch.frames)
         latents = noise[:, len(observed) :]
-        latents.copy_(randn(latents.shape, generators, device))
+        latents.copy_(randn(latents.shape, generators, self.device))
         x_t = self.denoiser.diffusion.q_sample(batch.frames, t, noise)
         xstart = self.denoiser.denoise(x_t, t, batch)
         eps = self.denoiser.diffusion.predict_eps_from_xstart(x_t, t, xstart)
@@ -163,6 +163,7 @@ def _denoising_error(task: Task, search: ScheduleConfig) -> DenoisingError:
         num_timesteps=search.num_timesteps,
         batch_size=task.options.batch_size,
         seed=task.options.seed,
+        device=task.model.device,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, from_options
-from improved_diffusion.data import paths
+from improved_diffusion.data import machine, paths
 from improved_diffusion.data.dataset_specs import FrameRate
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
@@ -129,7 +129,7 @@ class Task:
 
         Raises ValueError or FileNotFoundError for a user's mistake.
         """
-        device = dist_util.default_device(options.device)
+        device = machine.default_device(options.device)
         model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
         dataset = options.override_dataset or model.dataset
         if not dataset:

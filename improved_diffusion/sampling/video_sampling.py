@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
+from improved_diffusion.data import machine
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.sampling.keeper import Keeper
@@ -148,7 +149,7 @@ class SamplingRun:
                 seconds,
                 made / seconds,
                 self.sampler.denoiser.calls,
-                dist_util.peak_memory_gb(self.sampler.device),
+                machine.peak_memory_gb(self.sampler.device),
             )
 
     def _next_batch(self, stages: dict[Job, int]) -> tuple[int, dict[Job, Partial | None]]:

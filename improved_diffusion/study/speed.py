@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from improved_diffusion import dist_util
-from improved_diffusion.dist_util import default_device
+from improved_diffusion.data import machine
+from improved_diffusion.data.machine import default_device
 
 CONV_IMAGES = (1, 4, 20)
 GEMM_SIZES = (256, 512, 1024, 2048)
@@ -113,7 +113,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory since `reset_peak_memory`, in 10^9 bytes: the GPU's, or this whole process's."""
     if device.type == "cuda":
-        return dist_util.peak_memory_gb(device)
+        return machine.peak_memory_gb(device)
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 

@@ -14,7 +14,7 @@ import string
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from improved_diffusion import dist_util
 from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
 from improved_diffusion.data import checkpoints, paths
+from improved_diffusion.training import run_lock, signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +36,32 @@ OPTIMISER_KEYS = ("optimizer", "schedule_sampler", "position", "loss_scale_log2"
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, and what it starts from: a saved state, given weights, or neither."""
+    """Where a run writes, and what it starts from: a saved state, given weights, or neither.
+
+    Rank 0 alone has given weights, since the network is copied from it, and the lock. Whoever has
+    taken up state and weights goes on with `forget_start`, so that they do not stay in memory.
+    """
 
     run_id: str
     folder: str
     options: Mapping[str, Any]  # flat, as checkpoints hold them
     state: checkpoints.RunState | None = None
     weights: dict[str, Tensor] | None = None
+    lock: run_lock.RunLock | None = None
+
+    def forget_start(self) -> Run:
+        """This run without the tensors it starts from."""
+        return replace(self, state=None, weights=None)
+
+    def check_held(self) -> None:
+        """Raise BlockingIOError where another process has the folder by now."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
@@ -51,38 +71,48 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         config: the training options.
         stored_config: the flat options that this run's checkpoints will hold.
 
-    Rank 0 makes the folder and reads the files. Raises ValueError where a saved network or
-    diffusion process differs from this run's options, FileNotFoundError for a missing
-    --resume_checkpoint, OSError where the folder cannot be made.
+    Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
+    into memory. Raises ValueError where a saved network or diffusion process differs from this
+    run's options or no checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint,
+    OSError where the folder cannot be made or another process has it, signals.Interrupted where a
+    signal came before.
     """
-    opened = _open_run(config, stored_config) if dist_util.is_main() else None
-    run = dist_util.broadcast_object(opened, what="opening the run")
-    assert run is not None, "rank 0 opened no run"
-    return run
+    signals.leave_if_signalled()
+    own = _open_run(config, stored_config) if dist_util.is_main() else None
+    told = (own.run_id, own.folder, own.state and own.state.source) if own else None
+    run_id, folder, source = dist_util.broadcast_object(told, what="opening the run") or (
+        "",
+        "",
+        None,
+    )
+    if own is not None:
+        return own
+    return Run(run_id, folder, stored_config, checkpoints.load_set(source) if source else None)
 
 
 def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     run_id = config.resume_id or "".join(secrets.choice(ID_LETTERS) for _ in range(8))
     folder = paths.run_dir(run_id)
+    weights = None
     if config.resume_checkpoint:
         weights = checkpoints.load_weights(config.resume_checkpoint).state_dict
-        _make_folder(folder)
-        return Run(run_id, folder, stored_config, weights=weights)
     _make_folder(folder)
-    if not config.resume_id:
-        return Run(run_id, folder, stored_config)
-    checkpoints.remove_leftovers(folder)
-    if checkpoints.find_resume_step(folder) is None:
+    lock = run_lock.hold(folder)
+    signals.before_leaving(run_lock.release_all)
+    if weights is not None or not config.resume_id:
+        return Run(run_id, folder, stored_config, weights=weights, lock=lock)
+    checkpoints.end_killed_saves(folder)
+    state = checkpoints.load_newest(folder)
+    if state is None:
         logger.info("%s holds no complete checkpoint: starting at step 0", folder)
-        return Run(run_id, folder, stored_config)
-    state = checkpoints.load_run(folder)
+        return Run(run_id, folder, stored_config, lock=lock)
     _check_options(state.config, stored_config, folder)
     if any(key not in state.opt_state for key in OPTIMISER_KEYS):
         raise ValueError(
             f"{folder}: its opt_*.pt is another program's: "
             "start a new run from its weights with --resume_checkpoint"
         )
-    return Run(run_id, folder, stored_config, state)
+    return Run(run_id, folder, stored_config, state, lock=lock)
 
 
 def _make_folder(folder: str) -> None:

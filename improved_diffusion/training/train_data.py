@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -12,8 +11,7 @@ from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.dataset_files import VideoFiles, require_length
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import ShardedSampler, TrainDataset
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from improved_diffusion.training.signals import ignore_in_worker
 
 
 def train_loader(data: TrainDataset, config: TrainConfig, position: int) -> DataLoader[Any]:
@@ -35,7 +33,7 @@ def train_loader(data: TrainDataset, config: TrainConfig, position: int) -> Data
         sampler=keys,
         collate_fn=_collate,
         num_workers=config.num_workers if config.num_workers >= 0 else dist_util.cores() - 1,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=ignore_in_worker,
         pin_memory=dist_util.dev().type == "cuda",
     )
 
@@ -76,9 +74,3 @@ def _collate(items: list[Any]) -> Any:
     """A batch of the items, or the first error among them."""
     errors = [item for item in items if isinstance(item, Exception)]
     return errors[0] if errors else default_collate(items)
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """A signal to the whole process group must not take the data away before the run has saved."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

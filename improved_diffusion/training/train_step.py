@@ -217,8 +217,9 @@ class TrainStep:
         for param, slots in self.optimizer.state.items():
             for name, value in slots.items():
                 # Files hold no memory layout; the fast path needs the parameter's own.
-                if value.shape == param.shape:
-                    slots[name] = torch.empty_like(param).copy_(value)
+                # Scalars are copied too, as `state` may lie in a mapped file.
+                same = value.shape == param.shape
+                slots[name] = torch.empty_like(param).copy_(value) if same else value.clone()
         self.timesteps.load_state_dict(state["schedule_sampler"])
         if self.loss_scale is not None and state["loss_scale_log2"] is not None:
             self.loss_scale.log2 = state["loss_scale_log2"]
