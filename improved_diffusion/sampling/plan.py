@@ -197,7 +197,6 @@ class Task:
             }
         )
 
-
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what files the samples and bounds depend on, beside the data set."""
         found = {"weights_sha256": self.model.identity} | self.plan.hashes()
