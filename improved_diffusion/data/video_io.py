@@ -306,13 +306,21 @@ def _read_av(path: Path, index: _StreamIndex, indices: Sequence[int]) -> np.ndar
             for count, frame in enumerate(container.decode(stream)):
                 number = index.numbers.get(frame.pts, -1) if index.numbers else count
                 if number in wanted:
-                    frames[number] = frame.to_ndarray(format="rgb24")
+                    frames[number] = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
                     wanted.remove(number)
                 if not wanted:
                     break
             if wanted:
                 raise _broken(path, f"frame {min(wanted)} cannot be decoded")
     return np.stack([frames[number] for number in indices])
+
+
+def _upright(frame: np.ndarray, degrees: int) -> np.ndarray:
+    """A decoded frame [H, W, 3] as it is to be looked at: phones store how they were held.
+
+    degrees: counterclockwise; by other angles than quarters nothing is turned.
+    """
+    return np.rot90(frame, degrees // 90) if degrees % 90 == 0 else frame
 
 
 READERS: dict[str, Callable[[Path], OpenVideo]] = {

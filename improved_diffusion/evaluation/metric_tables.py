@@ -201,12 +201,17 @@ def _number(value: float | None) -> str:
 
 
 def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
-    """How a metric was computed, and its floor."""
+    """How a metric was computed, and what it is between true videos."""
     if row.get("settings"):
         yield f"{mode}: " + ", ".join(f"{key} {value}" for key, value in row["settings"].items())
     if "floor" in row:
         floor = row["floor"]
         yield (
-            f"{mode} floor: {_number(floor['value'])} between {floor['n']} true videos and "
-            f"{floor['n']} of the {floor['partition']} partition"
+            f"{mode} real against real: {_number(floor['value'])} between {floor['n']} true videos "
+            f"and {floor['n']} of the {floor['partition']} partition"
         )
+        if "shared" in floor:
+            yield (
+                f"{mode} real against real, observed frames shared: {_number(floor['shared'])} "
+                "between the same, which begin alike, as samples and their truth do"
+            )

@@ -66,7 +66,11 @@ def _row(
 def _floor(
     measured: Measurements, name: str, settings: dict[str, Any], truth: str
 ) -> dict[str, Any] | None:
-    """The distance between true videos of both partitions, if it is asked for."""
+    """The distances between true videos of both partitions, if they are asked for.
+
+    "value": between the videos as they are. "shared": where those of the other partition begin with
+    the observed frames of their counterparts, as samples do.
+    """
     n = len(measured.floor_clips)
     if not n or name not in measured.metrics:
         return None
@@ -74,4 +78,9 @@ def _floor(
     value = measured.distance(name, settings, real, measured.floor_clips)
     if value is None:
         return None
-    return {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
+    floor = {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
+    if measured.shared_floor_clips:
+        shared = measured.distance(name, settings, real, measured.shared_floor_clips)
+        if shared is not None:
+            floor["shared"] = shared
+    return floor
