@@ -344,7 +344,7 @@ def test_an_array_task_does_not_take_results_of_samples_made_again(
     caplog.set_level("INFO")
     evaluate(eval_dir)
     (eval_dir.path / "metrics_3-2-12.pkl").unlink()
-    eval_dir.save_sample(0, 0, noisy(tmp_path, 0, 9))
+    np.save(eval_dir.path / "samples/sample_0000-0.npy", noisy(tmp_path, 0, 9))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert not outcome(eval_dir, batch_size=1).tables
     assert "made again since" in caplog.text
@@ -378,7 +378,10 @@ def test_fewer_videos_in_the_other_partition_make_a_smaller_floor(eval_dir, tmp_
     result = outcome(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
     assert info(eval_dir)["metrics"]["fvd"]["floor"]["n"] == 2
     shown = evaluation.format_table(result.tables[0])
-    assert "fvd floor" in shown and "between 2 true videos and 2 of the train partition" in shown
+    assert (
+        "fvd real against real: " in shown
+        and "between 2 true videos and 2 of the train partition" in shown
+    )
     (tmp_path / "data/train/1.npy").unlink()
     with pytest.raises(ValueError, match="--floor: .*no 2 videos of 12 frames"):
         outcome(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)

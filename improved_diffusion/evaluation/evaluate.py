@@ -109,7 +109,7 @@ def _read_again(measured: Measurements, positions: list[int]) -> None:
 
     The table would do it by itself: here it is shown, for it takes a while.
     """
-    for position in tqdm(positions, unit="video", desc="checking"):
+    for position in tqdm(positions, unit="video", desc="checking", disable=not positions):
         for clip in measured.clips(position):
             clip.frames()
 

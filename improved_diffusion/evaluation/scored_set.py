@@ -199,7 +199,9 @@ class ScoredSet:
         length = self.length if kept is None else max(self.length, kept["frames"])
         frames = self.test_set.read(video, range(min(length, self.test_set.length(video))))
         if kept is not None and content_digest(frames[: kept["frames"]]) != kept["sha256"]:
-            raise self._other_truth(f"the samples of video {video} continue another video than that")
+            raise self._other_truth(
+                f"the samples of video {video} continue another video than that"
+            )
         for sample in self.samples:
             self._check_observed(video, sample, frames[: self.length])
         return frames[: self.length]

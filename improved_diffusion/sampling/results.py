@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -97,8 +98,12 @@ def check_same(
             )
     unknown = [n for n in sorted(set(now) - set(before) - ignored) if n.endswith(HASH_SUFFIX)]
     if before and unknown:
-        names = ", ".join(name.removesuffix(HASH_SUFFIX) for name in unknown)
-        logger.warning("%s made by an earlier version: cannot tell by the same %s", what, names)
+        _say_unknown(what, ", ".join(name.removesuffix(HASH_SUFFIX) for name in unknown))
+
+
+@functools.cache  # said once
+def _say_unknown(what: str, names: str) -> None:
+    logger.warning("%s made by an earlier version: cannot tell whether by the same %s", what, names)
 
 
 class EvalDir:

@@ -147,7 +147,8 @@ def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
     ]
     floors = [_floor(tables, mode) for mode in config.modes]
     if any(floors):
-        rows.append(["true videos", "real against real", *(floor or "-" for floor in floors), "-", "-"])
+        numbers = [floor or "-" for floor in floors]
+        rows.append(["true videos", "real against real", *numbers, "-", "-"])
     return _markdown(["sampler", "strategy", *heads], rows)
 
 
