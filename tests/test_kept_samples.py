@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def stop_after(monkeypatch, stage: int) -> None:
 
 def keep_always(monkeypatch) -> None:
     """Unfinished videos are kept after every inference step, however long that takes."""
-    monkeypatch.setattr(keeper.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 def test_videos_that_another_run_advances_meanwhile_are_whole(checkpoint, monkeypatch):
