@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from improved_diffusion.config import TrainConfig
     from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+    from improved_diffusion.training.options import TrainConfig
 
 
 class ScheduleSampler:

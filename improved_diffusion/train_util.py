@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints, machine, paths, video_io
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
@@ -22,6 +21,7 @@ from improved_diffusion.data.video_datasets import TrainDataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
 from improved_diffusion.training import signals, validation
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.runs import Run, resume_command
 from improved_diffusion.training.train_data import train_loader
 from improved_diffusion.training.train_step import TrainStep, Update

@@ -11,19 +11,14 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from improved_diffusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    LaunchConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
 from improved_diffusion.script_util import (
     add_arguments,
     config_from_args,
     parse_with_config,
     run_main,
 )
+from improved_diffusion.training.options import LaunchConfig, TrainConfig
 
 GROUPS = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
 

@@ -12,7 +12,8 @@ import torch
 
 from golden_fill import weights
 from improved_diffusion import dist_util
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.start import create_train_loop
 
 ROOT = Path(__file__).parent.parent

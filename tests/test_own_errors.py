@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from helpers import call_main, golden_case, make_checkpoint, make_folder_dataset
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints
 from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.training.options import TrainConfig
 from train_runs import (
     assert_same_run,
     column,

@@ -5,12 +5,13 @@ import pickle
 import numpy as np
 import pytest
 
-from improved_diffusion.config import TrainConfig, flat_options, from_options
+from improved_diffusion.config import flat_options, from_options
 from improved_diffusion.data import query_masks
 from improved_diffusion.data.frame_masks import create_mask_distribution, draw_frames
 from improved_diffusion.data.video_datasets import get_train_dataset
 from improved_diffusion.inference_utils import create_strategy
 from improved_diffusion.registry import MASK_DISTRIBUTIONS, STRATEGIES
+from improved_diffusion.training.options import TrainConfig
 
 SIZES = [(T, K) for T in (1, 2, 3, 5, 6, 7, 12, 31) for K in (1, 2, 3, 6, 7, 8, 20)]
 ONCE_EACH = [name for name, strategy in STRATEGIES.items() if not strategy.samples_frame_twice]

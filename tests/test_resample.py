@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from improved_diffusion.config import DiffusionConfig, TrainConfig, from_options
+from improved_diffusion.config import DiffusionConfig, from_options
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.resample import (
     LossSecondMomentSampler,
@@ -14,6 +14,7 @@ from improved_diffusion.resample import (
     timestep_distribution,
 )
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.training.options import TrainConfig
 
 
 def generator(seed=0):

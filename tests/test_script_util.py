@@ -10,10 +10,11 @@ import pytest
 
 from helpers import ROOT, make_checkpoint, run_script
 from improved_diffusion import config, script_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import DiffusionConfig, ModelConfig
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.study.options import BenchmarkConfig, StudyConfig
+from improved_diffusion.training.options import TrainConfig
 
 PUBLISHED_DEFAULTS = {
     "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from improved_diffusion import dist_util, fp16_util
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints
 from improved_diffusion.nn import ema_decay, update_ema
 from improved_diffusion.training import signals
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.train_step import learning_rate
 from train_runs import (
     ROOT,

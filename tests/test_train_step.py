@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig, from_options
+from improved_diffusion.config import DiffusionConfig, ModelConfig, from_options
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.sampling.trained_model import create_diffusion, create_model
 from improved_diffusion.training.optimizers import as_matrix, hidden_matrices
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.train_step import TrainStep
 from train_runs import equal, make_loop, make_videos
 

@@ -77,6 +77,8 @@ def test_the_published_sets_are_known_without_their_files(in_tmp):
         "carla_with_traffic": ("datasets/carla/with-traffic", 1000, 128),
         "carla_town02_no_traffic": ("datasets/carla/town02-no-traffic", 1000, 128),
         "bouncy_balls": ("datasets/bouncing_balls_100", 100, 32),
+        "colour_mazes": ("datasets/colour_mazes_32", 300, 32),
+        "maze_laps": ("datasets/maze_laps_32", 240, 32),
     }
     assert dataset_spec("minerl").T == 500
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from improved_diffusion import train_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig, flat_options
+from improved_diffusion.config import DiffusionConfig, ModelConfig, flat_options
 from improved_diffusion.data import checkpoints
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.video_datasets import get_train_dataset
 from improved_diffusion.sampling.trained_model import create_diffusion, create_model
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.runs import open_run
 from improved_diffusion.training.train_data import held_out_items
 

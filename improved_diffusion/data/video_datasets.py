@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from improved_diffusion.data.dataset_files import (
     require_length,
 )
 from improved_diffusion.data.dataset_specs import DatasetSpec
-from improved_diffusion.data.frame_masks import DrawFrames, create_mask_distribution, draw_frames
+from improved_diffusion.data.frame_masks import create_mask_distribution
 from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,26 @@ __all__ = [
 # ---------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class ItemRecipe:
+    """How a training item is drawn from a video.
+
+    Raises ValueError for T or max_frames below 1.
+    """
+
+    T: int  # frames of the random window that is trained on
+    max_frames: int  # K, frames of an item
+    seed: int = 0  # of everything random
+    pad_with_random_frames: bool = True  # fill up with frames of another video instead of zeros
+    mask_distribution: str = "published"  # a name in MASK_DISTRIBUTIONS
+    mask_options: Any = None  # its own: an instance of its `Options`, a mapping, or None
+
+    def __post_init__(self) -> None:
+        if self.T < 1 or self.max_frames < 1:
+            sizes = f"--T {self.T}, --max_frames {self.max_frames}"
+            raise ValueError(f"{sizes}: both must be at least 1")
+
+
 class TrainDataset(Dataset[dict[str, torch.Tensor]]):
     """Training items, each a function of (seed, epoch, index) alone.
 
@@ -52,22 +73,10 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         obs_mask, latent_mask: float32 [K, 1, 1, 1], 0 or 1.
     """
 
-    def __init__(
-        self,
-        files: VideoFiles,
-        *,
-        T: int,
-        max_frames: int,
-        seed: int,
-        pad_with_random_frames: bool,
-        draw_frames: DrawFrames = draw_frames,
-    ) -> None:
-        self.files = files
-        self.T = T
-        self.max_frames = max_frames
-        self.seed = seed
-        self.pad_with_random_frames = pad_with_random_frames
-        self.draw_frames = draw_frames
+    def __init__(self, files: VideoFiles, recipe: ItemRecipe) -> None:
+        self.files, self.recipe = files, recipe
+        self.T, self.max_frames = recipe.T, recipe.max_frames
+        self.draw_frames = create_mask_distribution(recipe.mask_distribution, recipe.mask_options)
         self._faults: set[str] = set()  # what was found by this process and left out
 
     def __len__(self) -> int:
@@ -93,7 +102,7 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         raise ValueError(f"{self.files.spec.root}: no training video can be read")
 
     def _item(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([self.recipe.seed, epoch, index])
         observed, latent = self.draw_frames(self.T, self.max_frames, rng)
         indices = np.concatenate([observed, latent])
         frames = self._read_window(index, indices, rng)
@@ -126,7 +135,7 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
 
         Distinct frames where the window has enough; of the same video where it is the only one.
         """
-        if not self.pad_with_random_frames:
+        if not self.recipe.pad_with_random_frames:
             return np.zeros((number, *frames.shape[1:]), np.uint8), np.zeros(number, np.int64)
         other = (index + int(rng.integers(1, max(2, len(self))))) % len(self)
         indices = rng.choice(self.T, size=number, replace=number > self.T)
@@ -146,44 +155,27 @@ def _resolve(name: str | DatasetSpec, image_size: int | None) -> DatasetSpec:
 def get_train_dataset(
     name: str | DatasetSpec,
     *,
-    T: int,
-    max_frames: int,
-    seed: int = 0,
     image_size: int | None = None,
-    pad_with_random_frames: bool = True,
-    mask_distribution: str = "published",
-    mask_options: Any = None,
     cache_dir: str | None = None,
+    **recipe: Any,
 ) -> TrainDataset:
     """The training items of a data set.
 
     Args:
         name: a name in DATASETS, a folder of videos, or what `dataset_spec` made of it.
-        T: frames of the random window that is trained on.
-        max_frames: K, frames of an item.
-        seed: seed of everything random.
         image_size: None: that of the data set.
-        pad_with_random_frames: fill items up with frames of another video instead of zeros.
-        mask_distribution, mask_options: as for `create_mask_distribution`.
         cache_dir: copy files below this folder on first use, and read them there.
+        recipe: the fields of ItemRecipe; T and max_frames must be given.
 
     The headers of all training videos are looked at, once for all processes.
 
-    Raises ValueError for T below 1, and naming all videos that are broken, of another size than
+    Raises ValueError as ItemRecipe, and naming all videos that are broken, of another size than
     their set or shorter than T, and as `dataset_spec`; FileNotFoundError as `prepare_dataset`.
     """
-    if T < 1 or max_frames < 1:
-        raise ValueError(f"--T {T}, --max_frames {max_frames}: both must be at least 1")
+    items = ItemRecipe(**recipe)
     files = VideoFiles(_resolve(name, image_size), "train", cache_dir)
-    files.check_training_videos(T)
-    return TrainDataset(
-        files,
-        T=T,
-        max_frames=max_frames,
-        seed=seed,
-        pad_with_random_frames=pad_with_random_frames,
-        draw_frames=create_mask_distribution(mask_distribution, mask_options),
-    )
+    files.check_training_videos(items.T)
+    return TrainDataset(files, items)
 
 
 class ShardedSampler(Sampler[tuple[int, int]]):

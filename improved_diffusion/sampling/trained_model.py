@@ -12,12 +12,7 @@ import torch
 from torch import nn
 
 from improved_diffusion import fp16_util
-from improved_diffusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    from_options,
-)
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, from_options
 from improved_diffusion.data.checkpoints import WeightsFile, load_weights
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import evaluate
@@ -26,6 +26,7 @@ from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.start import create_train_loop
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.frame_masks import draw_frames
@@ -27,6 +26,7 @@ from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.study import speed
 from improved_diffusion.study.benchmark_table import Row
 from improved_diffusion.study.workload import Size, Workload
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)

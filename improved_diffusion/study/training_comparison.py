@@ -25,14 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from improved_diffusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    LaunchConfig,
-    ModelConfig,
-    TrainConfig,
-    flat_options,
-)
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, flat_options
 from improved_diffusion.data import paths
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.machine import default_device
@@ -46,6 +39,7 @@ from improved_diffusion.sampling.trained_model import TrainedModel
 from improved_diffusion.script_util import add_arguments, config_from_args, parse_with_config
 from improved_diffusion.study.options import ComparisonConfig
 from improved_diffusion.study.study import RunScript
+from improved_diffusion.training.options import LaunchConfig, TrainConfig
 from improved_diffusion.training.runs import IDENTITY
 from improved_diffusion.training.start import resolve_train_options, train_run
 from improved_diffusion.training.train_data import held_out_items

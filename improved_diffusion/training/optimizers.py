@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from improved_diffusion.config import TrainConfig, option
+from improved_diffusion.config import option
+from improved_diffusion.training.options import TrainConfig
 
 if TYPE_CHECKING:
     import torch

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.options import TrainConfig
 
 OWN_ERRORS_STREAM = 1  # its random numbers are others than those of the update itself
 

@@ -24,13 +24,13 @@ from improved_diffusion.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    TrainConfig,
     defaults,
     from_options,
 )
 from improved_diffusion.data import checkpoints, paths
 from improved_diffusion.registry import TIMESTEP_DISTRIBUTIONS
 from improved_diffusion.training import run_lock, signals
+from improved_diffusion.training.options import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,21 +8,16 @@ import json
 import torch
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import (
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    TrainConfig,
-    flat_options,
-)
+from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, flat_options
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import get_train_dataset
 from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
 from improved_diffusion.train_util import Measures, TrainLoop
 from improved_diffusion.training import run_lock, signals
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.runs import describe_run, open_run, record_run
-from improved_diffusion.training.train_data import held_out_items
+from improved_diffusion.training.train_data import held_out_items, item_options
 
 
 def resolve_train_options(
@@ -46,16 +41,7 @@ def create_train_loop(
     All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
     """
     train, model, spec = resolve_train_options(train, data, model)
-    items = get_train_dataset(
-        spec,
-        T=train.T,
-        max_frames=train.max_frames,
-        seed=train.seed,
-        pad_with_random_frames=train.pad_with_random_frames,
-        mask_distribution=train.mask_distribution,
-        mask_options=train.mask_options,
-        cache_dir=data.cache_dir,
-    )
+    items = get_train_dataset(spec, cache_dir=data.cache_dir, **item_options(train))
     valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
     stored = flat_options(train, data, model, diffusion)
     process = create_diffusion(diffusion)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.dataset_files import VideoFiles, require_length
 from improved_diffusion.data.dataset_specs import DatasetSpec
-from improved_diffusion.data.frame_masks import create_mask_distribution
-from improved_diffusion.data.video_datasets import ShardedSampler, TrainDataset
+from improved_diffusion.data.video_datasets import ItemRecipe, ShardedSampler, TrainDataset
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.signals import ignore_in_worker
 
 
@@ -48,14 +48,12 @@ def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None
     for index in range(min(config.valid_videos, len(files))):
         video = files.open(index)
         require_length(video.path, video.shape[0], config.T)
-    return TrainDataset(
-        files,
-        T=config.T,
-        max_frames=config.max_frames,
-        seed=config.seed,
-        pad_with_random_frames=config.pad_with_random_frames,
-        draw_frames=create_mask_distribution(config.mask_distribution, config.mask_options),
-    )
+    return TrainDataset(files, ItemRecipe(**item_options(config)))
+
+
+def item_options(config: TrainConfig) -> dict[str, Any]:
+    """The training options that say how an item is drawn, by the names of ItemRecipe."""
+    return {item.name: getattr(config, item.name) for item in fields(ItemRecipe)}
 
 
 class _ItemsOrErrors(Dataset[Any]):

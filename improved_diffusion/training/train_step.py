@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util, fp16_util
-from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -27,6 +26,7 @@ from improved_diffusion.nn import compile_network, ema_decay, update_ema
 from improved_diffusion.registry import OPTIMIZERS
 from improved_diffusion.resample import stratified_quantiles, timestep_distribution
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.own_errors import OwnErrors
 
 Items = Mapping[str, Tensor]
