@@ -321,6 +321,7 @@ class TrainConfig:
     mask_distribution: str = option(
         "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
     )
+    mask_options: Any = owned_options(MASK_DISTRIBUTIONS, chosen_by="mask_distribution")
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
@@ -345,6 +346,9 @@ class TrainConfig:
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
     compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    resample_observed: float = option(
+        0.0, "share of items whose observed frames are the network's own denoising of them"
+    )
     pad_with_random_frames: bool = option(
         True, "fill up with frames of another video, which count in the loss (False: with nothing)"
     )
@@ -359,6 +363,8 @@ class TrainConfig:
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.resample_observed <= 1:
+            raise ValueError(f"--resample_observed {self.resample_observed}: must be from 0 to 1")
         if self.use_fp16 and self.precision == "bf16":
             raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
         if self.resume_id and self.resume_checkpoint:

@@ -156,10 +156,18 @@ TIMESTEP_DISTRIBUTIONS = Registry(
     },
 )
 
-# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item.
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item; see `made`.
 MASK_DISTRIBUTIONS = Registry(
     "mask_distribution",
-    {"published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them")},
+    {
+        "published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them"),
+        "filled": (f"{_HERE}.data.frame_masks:Filled", "the same groups, but every item is full"),
+        "queries": (
+            f"{_HERE}.data.query_masks:Queries",
+            "inference steps of all strategies, at random sizes",
+        ),
+        "mixed": (f"{_HERE}.data.query_masks:Mixed", "some of each of these three"),
+    },
 )
 
 # (denoiser, batch, *, generator, noise, eta) -> frames, see sampling/samplers.py.

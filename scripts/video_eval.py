@@ -18,9 +18,12 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(EvalConfig, create_argparser().parse_args(argv))
+    from improved_diffusion import dist_util
     from improved_diffusion.evaluation.evaluate import run
 
+    dist_util.setup_dist()
     run(config)
+    dist_util.cleanup()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
+from improved_diffusion.data import file_lock
 from improved_diffusion.evaluation import evaluate as evaluation
 from improved_diffusion.evaluation import features as extractors
 from improved_diffusion.evaluation import metric_tables, metrics
@@ -219,11 +220,18 @@ def test_a_second_run_computes_nothing_and_a_new_sample_only_itself(
     assert before["fvd"][0] != after["fvd"][0] and before["fvd"][1] == after["fvd"][1]
 
 
+def change_prediction(tmp_path: Path) -> None:
+    """Another truth of video 0, beyond the frames that its samples observe."""
+    path = tmp_path / "data/test/0.npy"
+    frames = np.load(path)
+    frames[OBSERVED:] = 255 - frames[OBSERVED:]
+    np.save(path, frames)
+
+
 def test_another_truth_is_another_result(eval_dir, tmp_path, i3d):
     options = {"modes": ("psnr", "fvd"), "i3d_weights": i3d}
     before = evaluate(eval_dir, **options)
-    path = tmp_path / "data/test/0.npy"
-    np.save(path, 255 - np.load(path))
+    change_prediction(tmp_path)
     after = evaluate(eval_dir, **options)
     assert (before["psnr"][0] != after["psnr"][0]).all() and (before["fvd"] != after["fvd"]).all()
     np.testing.assert_array_equal(before["psnr"][1:], after["psnr"][1:])
@@ -304,7 +312,7 @@ def test_values_are_looked_up_in_any_order(eval_dir, tmp_path, i3d):
     for name in ("fvd", "psnr"):
         found = measured.values(name, ready[name].settings)
         np.testing.assert_array_equal(found, table[name])
-    eval_dir.save_sample(1, 0, noisy(tmp_path, 1, 7))
+    np.save(eval_dir.path / "samples/sample_0001-0.npy", noisy(tmp_path, 1, 7))
     measured.compute(2)
     assert measured.values("psnr", {}) is not None, "it is about the videos as they were read"
     measured.compute(1)
@@ -326,7 +334,7 @@ def test_array_tasks_fill_the_cache_and_the_last_one_writes_the_table(
         assert len(outcome(eval_dir, **options).tables) == written
     assert "metrics_3-2-12.pkl waits for --array=0,1" in caplog.text
     assert "SLURM_ARRAY_TASK_ID=3 is past the last batch" in caplog.text
-    assert len(frames) == 6 and len(videos) == 6 + 3 + 3
+    assert len(frames) == 6 and len(videos) == 6 + 3 + 3 + 3
     array = metric_tables.read_table(eval_dir.path / "metrics_3-2-12.pkl")
     array_info = info(eval_dir)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
@@ -343,7 +351,7 @@ def test_an_array_task_does_not_take_results_of_samples_made_again(
     caplog.set_level("INFO")
     evaluate(eval_dir)
     (eval_dir.path / "metrics_3-2-12.pkl").unlink()
-    eval_dir.save_sample(0, 0, noisy(tmp_path, 0, 9))
+    np.save(eval_dir.path / "samples/sample_0000-0.npy", noisy(tmp_path, 0, 9))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert not outcome(eval_dir, batch_size=1).tables
     assert "made again since" in caplog.text
@@ -366,9 +374,23 @@ def test_the_floor_is_the_distance_between_disjoint_real_videos(eval_dir, tmp_pa
     evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d, resize="half-pixel")
     assert "floor" not in info(eval_dir)["metrics"]["fvd"], "it is of another resize"
     evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
-    np.save(tmp_path / "data/test/0.npy", 255 - np.load(tmp_path / "data/test/0.npy"))
+    change_prediction(tmp_path)
     evaluate(eval_dir, modes=("fvd",), i3d_weights=i3d)
     assert "floor" not in info(eval_dir)["metrics"]["fvd"], "it is of another truth"
+
+
+def test_real_against_real_is_also_told_with_the_observed_frames_shared(eval_dir, tmp_path, i3d):
+    result = outcome(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
+    real = [truth(tmp_path, video) for video in range(3)]
+    others = [truth(tmp_path, v, "train") for v in np.random.RandomState(0).permutation(5)[:3]]
+    for frames, counterpart in zip(others, real, strict=True):
+        frames[:OBSERVED] = counterpart[:OBSERVED]
+    expected = frechet_video_distance.frechet_distance(features(real, i3d), features(others, i3d))
+    row = info(eval_dir)["metrics"]["fvd"]["floor"]
+    assert row["shared"] == pytest.approx(expected) and row["shared"] != row["value"]
+    shown = evaluation.format_table(result.tables[0])
+    assert "fvd floor" not in shown
+    assert f"fvd real against real, observed frames shared: {expected:.4g}"[:-1] in shown
 
 
 def test_fewer_videos_in_the_other_partition_make_a_smaller_floor(eval_dir, tmp_path, i3d):
@@ -377,7 +399,10 @@ def test_fewer_videos_in_the_other_partition_make_a_smaller_floor(eval_dir, tmp_
     result = outcome(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
     assert info(eval_dir)["metrics"]["fvd"]["floor"]["n"] == 2
     shown = evaluation.format_table(result.tables[0])
-    assert "fvd floor" in shown and "between 2 true videos and 2 of the train partition" in shown
+    assert (
+        "fvd real against real: " in shown
+        and "between 2 true videos and 2 of the train partition" in shown
+    )
     (tmp_path / "data/train/1.npy").unlink()
     with pytest.raises(ValueError, match="--floor: .*no 2 videos of 12 frames"):
         outcome(eval_dir, modes=("fvd",), i3d_weights=i3d, floor=True)
@@ -589,14 +614,14 @@ def test_infinite_psnr_is_stored_and_counted_but_not_averaged():
 def test_a_lock_is_waited_for_and_an_abandoned_one_taken_away(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "metrics.pkl"
-    with metric_tables.table_lock(path):
+    with file_lock.file_lock(path):
         (lock,) = tmp_path.glob(".metrics.pkl*")
         assert "process" in lock.read_text()
     assert not lock.exists()
     lock.write_text("process 1 on another-machine")
-    monkeypatch.setattr(metric_tables, "LOCK_PATIENCE_S", 0.05)
-    monkeypatch.setattr(metric_tables, "LOCK_LIMIT_S", 0.3)
-    with metric_tables.table_lock(path):
+    monkeypatch.setattr(file_lock, "LOCK_PATIENCE_S", 0.05)
+    monkeypatch.setattr(file_lock, "LOCK_LIMIT_S", 0.3)
+    with file_lock.file_lock(path):
         assert "another-machine" not in lock.read_text()
     assert "waiting for process 1 on another-machine" in caplog.text
     assert "holds it too long" in caplog.text

@@ -178,7 +178,10 @@ def test_a_metric_of_whole_videos_with_an_option(sampled, capsys):
         command = ["--eval_dir", str(sampled.path), "--modes", "centre", "psnr", "--floor"]
         script("video_eval.py").main([*command, "--features", "colour", "--norm", "1"])
     shown = capsys.readouterr().out
-    assert "centre: colour_scale 1.0, features colour, norm 1" in shown and "centre floor" in shown
+    assert (
+        "centre: colour_scale 1.0, features colour, norm 1" in shown
+        and "centre real against real" in shown
+    )
     table, rows = results(sampled)
     assert set(table) == {"psnr", "centre"}
     difference = mean_colours(sampled_videos(sampled)) - mean_colours(true_videos(sampled))

@@ -314,4 +314,4 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
     assert values[0][3] == "7" and values[1][3] == "-"
     assert values[1][2].endswith(" (+2.0 ± 1.0)")
     assert values[2][2] == values[1][2]  # DDPM beside the same strategy, with the same scores here
-    assert values[3][:4] == ["| true videos", "floor", "-", "5 (n = 2)"]
+    assert values[3][:4] == ["| true videos", "real against real", "-", "5 (n = 2)"]

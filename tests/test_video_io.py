@@ -51,7 +51,29 @@ SUFFIXES = [*LOSSLESS, ".gif", ".mp4", ".avi", ".webm"]
 INDICES = [25, 3, 3, 39, 0, 24, 12]
 
 
+def encode_turned(path, frames, degrees):
+    """An .mp4 of a phone that was held turned: the frames as its sensor sees them, and a mark."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.set_display_rotation(degrees)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
 # ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_a_phone_held_sideways_films_upright_videos(tmp_path, video, degrees):
+    upright = video[:4, :, :48]
+    path = tmp_path / "phone.mp4"
+    encode_turned(path, np.rot90(upright, -degrees // 90, axes=(1, 2)), degrees)
+    assert open_video(path).shape == (4, 64, 48)
+    assert np.abs(read_video(path).astype(int) - upright).mean() < 8
 
 
 def test_every_format_is_tested():

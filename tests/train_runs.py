@@ -67,6 +67,8 @@ def make_loop(
         seed=train.seed,
         image_size=32,
         pad_with_random_frames=train.pad_with_random_frames,
+        mask_distribution=train.mask_distribution,
+        mask_options=train.mask_options,
     )
     torch.manual_seed(train.seed)
     valid_data = None

@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
 
 def default_device(name: str = "") -> str:
-    """`name`, or cuda where there is a GPU, else cpu."""
+    """`name`, or cuda where there is a GPU, else cpu. ValueError for a device that is not there."""
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend raises another kind
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}): leave it out") from None
+    return name
 
 
 def keep_freed_memory() -> None:

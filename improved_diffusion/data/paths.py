@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 LATEST = "latest"
+LEFTOVER_AGE_S = 86400.0
+# What a lock file says: see `file_lock`.
+LOCK_OWNER = r"process (\d+) on (.+)"
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -27,29 +32,90 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a binary file that appears at `path` whole or not at all.
 
     Local files are written beside their final place, synced and renamed; remote ones are one
-    blob write. Parent folders are made. Nothing is left behind when the body raises.
+    blob write. Parent folders are made. Nothing is left behind when the body raises; what a killed
+    process leaves behind, `remove_leftovers` removes. Raises OSError that names the path where it
+    cannot be written.
     """
     path = os.fspath(path)
     if is_remote(path):
         with _remote_write(path) as file:
             yield file
         return
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-    try:
+    with temporary_file(path) as (handle, temporary):
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException as error:
+
+
+@contextlib.contextmanager
+def temporary_file(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """(open handle, name) of a file beside `path` that is gone at the end, if nobody has moved it.
+
+    Parent folders are made. Raises OSError that names the path, whatever fails in the body.
+    """
+    path = os.fspath(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    prefix = f".{name}.{_host()}_{os.getpid()}_"
+    os.makedirs(folder, exist_ok=True)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    except FileNotFoundError:  # another process has just removed the folder, which was empty
+        os.makedirs(folder, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    try:
+        yield handle, temporary
+    except OSError as error:
+        if error.errno is None:  # numpy's own
+            raise OSError(f"{path}: cannot be written ({error}): is the disk full?") from None
+        if error.filename is None:
+            error.filename = path
+        raise
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = path  # a full disk's error names none
-        raise
+
+
+def _host() -> str:
+    """This machine's name, of letters, digits and underscores."""
+    return re.sub(r"\W", "_", socket.gethostname())[:32]
+
+
+def is_gone(host: str, pid: int) -> bool:
+    """Whether a process is known to have ended: one of this machine (named as by `gethostname`)."""
+    if re.sub(r"\W", "_", host)[:32] != _host():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's
+        return False
+    return False
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed processes left behind in these folders: temporary files and lock files.
+
+    Those of processes of this machine that have ended, and those that nobody has touched for a day.
+    """
+    for folder in folders:
+        for path in [*folder.glob(".*.tmp"), *folder.glob(".*.lock")]:
+            with contextlib.suppress(OSError):
+                if _is_leftover(path):
+                    path.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+        return True
+    if path.suffix == ".lock":
+        owner = re.fullmatch(LOCK_OWNER, path.read_text())
+        return owner is not None and is_gone(owner[2], int(owner[1]))
+    owner = re.search(r"\.(\w+)_(\d+)_\w{8}\.tmp$", path.name)
+    return owner is not None and is_gone(owner[1], int(owner[2]))
 
 
 @contextlib.contextmanager
@@ -223,6 +289,11 @@ def optimal_schedule_path(eval_dir: Path) -> Path:
     return eval_dir / "optimal_schedule.pt"
 
 
+def schedule_search_path(eval_dir: Path) -> Path:
+    """The options of the search for an optimal schedule."""
+    return eval_dir / "optimal_schedule" / "search.json"
+
+
 def schedule_step_path(eval_dir: Path, step: int) -> Path:
     """What the search for an optimal schedule has found for one inference step."""
     return eval_dir / "optimal_schedule" / f"step_{step:04d}.json"
@@ -231,6 +302,11 @@ def schedule_step_path(eval_dir: Path, step: int) -> Path:
 def partial_path(eval_dir: Path, video: int, sample: int) -> Path:
     """What is kept of a video that is not finished yet."""
     return eval_dir / "partial" / f"{sample_name(video, sample)}.npz"
+
+
+def truth_path(eval_dir: Path, video: int) -> Path:
+    """What is kept of the true video that a sample continues, to know it again."""
+    return eval_dir / "truth" / f"video_{video:04d}.json"
 
 
 def parse_sample_name(name: str) -> tuple[int, int] | None:

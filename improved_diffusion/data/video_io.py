@@ -258,14 +258,15 @@ def _open_av(path: Path) -> OpenVideo:
 
 @functools.lru_cache(maxsize=4096)
 def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
-    """Read the packets' timestamps, without decoding.
+    """Read the packets' timestamps; of the frames only the first is decoded, for it knows how the
+    camera was held.
 
     Size and mtime are arguments so that a changed file is read again.
     """
     with _av_stream(path) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size > 0]
         _refuse_truncated(path, stream, packets)
-        shape = (len(packets), stream.height, stream.width)
+        shape = (len(packets), *_upright_size(container, stream))
         fps = float(stream.average_rate) if stream.average_rate else None
         counted = container.format.name == "avi"  # holds decoding timestamps alone
     times = sorted(p.pts for p in packets if p.pts is not None)
@@ -303,13 +304,26 @@ def _read_av(path: Path, index: _StreamIndex, indices: Sequence[int]) -> np.ndar
             for count, frame in enumerate(container.decode(stream)):
                 number = index.numbers.get(frame.pts, -1) if index.numbers else count
                 if number in wanted:
-                    frames[number] = frame.to_ndarray(format="rgb24")
+                    frames[number] = _upright(frame)
                     wanted.remove(number)
                 if not wanted:
                     break
             if wanted:
                 raise _broken(path, f"frame {min(wanted)} cannot be decoded")
     return np.stack([frames[number] for number in indices])
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """A decoded frame as it is to be looked at, [H, W, 3]: phones store how they were held."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
+def _upright_size(container: Any, stream: Any) -> tuple[int, int]:
+    """(height, width) of the frames as `_upright` turns them."""
+    container.seek(0)
+    first = next(container.decode(stream), None)
+    is_turned = first is not None and first.rotation // 90 % 2 == 1
+    return (stream.width, stream.height) if is_turned else (stream.height, stream.width)
 
 
 READERS: dict[str, Callable[[Path], OpenVideo]] = {

@@ -46,10 +46,3 @@ def cache_name(label: str, *key: Any) -> str:
     """A file name for a result that depends on `key` (plain values) alone."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return f"{label}_{digest[:24]}.npy"
-
-
-def content_digest(frames: np.ndarray) -> str:
-    """A hash of an array's type, shape and values."""
-    digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
-    digest.update(np.ascontiguousarray(frames).data)
-    return digest.hexdigest()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from improved_diffusion import dist_util
 from improved_diffusion.data import paths
-from improved_diffusion.dist_util import array_task
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
@@ -43,7 +43,8 @@ def evaluate(config: EvalConfig) -> Outcome:
     The pickle is {metric: float64 array}: metrics of frames [videos, samples, predicted frames],
     those of whole videos [samples]; the .json beside it tells what they are of. A metric that cannot
     be computed does not keep the others from it. As an array task: only one batch of videos is
-    computed, and the table is written by whichever task completes it.
+    computed, and the table is written by whichever task completes it. Ranks share the videos out,
+    and rank 0 writes the table.
 
     Raises ValueError or FileNotFoundError for a user's mistake, before anything is computed.
     """
@@ -54,6 +55,9 @@ def evaluate(config: EvalConfig) -> Outcome:
         named = dict(zip(metric_tables.short_names(folders), infos, strict=True))
         metric_tables.check_comparable(named, allow=False)
     metrics, failures = Workshop(config).metrics()
+    if dist_util.is_main():
+        for scored in sets:
+            scored.eval_dir.clean_up()
     outcome = Outcome([], failures)
     for folder, scored in zip(folders, sets, strict=True):
         others = [other for other in folders if other != folder]
@@ -70,21 +74,30 @@ def _score(measured: Measurements, batch_size: int) -> bool:
 
     batch_size: videos per array task.
     """
-    path, total, task = measured.scored.path, len(measured.scored.videos), array_task()
-    mine = range(total)
+    task = dist_util.array_task()
+    mine = range(len(measured.scored.videos))
     if task is not None:
         mine = mine[task * batch_size : (task + 1) * batch_size]
     if not mine:
         logger.info("nothing to do: SLURM_ARRAY_TASK_ID=%d is past the last batch of videos", task)
         return False
-    for position in tqdm(mine, unit="video", desc="scoring"):
+    own = mine[dist_util.rank() :: dist_util.world_size()]
+    for position in tqdm(own, unit="video", desc="scoring", disable=not dist_util.is_main()):
         measured.compute(position)
+    measured.give_up(dist_util.gather_objects(measured.failures, what="the metrics that fail"))
+    written = dist_util.is_main() and _write(measured, set(own), batch_size)
+    return dist_util.broadcast_object(written, what="the table")
+
+
+def _write(measured: Measurements, own: set[int], batch_size: int) -> bool:
+    """Write the table if every video is scored; `own` are those that this process has read."""
+    path, total, task = measured.scored.path, len(measured.scored.videos), dist_util.array_task()
     if task is not None:
         tasks = sorted({position // batch_size for position in measured.missing()})
         if tasks:
             logger.info("%s waits for --array=%s", path, ",".join(map(str, tasks)))
             return False
-        _read_again(measured, sorted(set(range(total)) - set(mine)))
+    _read_again(measured, sorted(set(range(total)) - own))
     if not write_table(measured):
         logger.info("%s waits: some videos were made again since they were scored", path)
         return False
@@ -92,11 +105,11 @@ def _score(measured: Measurements, batch_size: int) -> bool:
 
 
 def _read_again(measured: Measurements, positions: list[int]) -> None:
-    """Read the videos that other tasks have scored, to see that they are what was scored.
+    """Read the videos that other processes have scored, to see that they are what was scored.
 
     The table would do it by itself: here it is shown, for it takes a while.
     """
-    for position in tqdm(positions, unit="video", desc="checking"):
+    for position in tqdm(positions, unit="video", desc="checking", disable=not positions):
         for clip in measured.clips(position):
             clip.frames()
 
@@ -104,7 +117,7 @@ def _read_again(measured: Measurements, positions: list[int]) -> None:
 def run(config: EvalConfig) -> None:
     """`evaluate`, then print the tables; raises ValueError where a metric could not be computed."""
     outcome = evaluate(config)
-    if outcome.tables:
+    if outcome.tables and dist_util.is_main():
         names = metric_tables.short_names([path.parent for path in outcome.tables])
         infos = dict(zip(names, map(metric_tables.read_info, outcome.tables), strict=True))
         metric_tables.check_comparable(infos, allow=config.allow_differences)

@@ -6,7 +6,7 @@ features of each video, and each distance between sets of features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +109,16 @@ class Measurements:
         self.metrics = dict(metrics)
         self.failures: dict[str, str] = {}
         self.floor_clips = scored.floor_clips if floor else []
+        self.shared_floor_clips = scored.shared_floor_clips if floor else []
 
     def clips(self, position: int) -> list[Clip]:
         """What is read for the video at `position` of the list: truth, samples, and for the floor."""
         scored = self.scored
-        floor = self.floor_clips[position : position + 1]
+        floor = [
+            clip
+            for clips in (self.floor_clips, self.shared_floor_clips)
+            for clip in clips[position : position + 1]
+        ]
         return [scored.truth_clips[position], *scored.sample_clips[position], *floor]
 
     def compute(self, position: int) -> None:
@@ -127,6 +132,12 @@ class Measurements:
             self._keep_features(clip, frames)
             if clip in samples:
                 self._keep_frame_values(clip, frames, truth, true_frames)
+
+    def give_up(self, failures: Iterable[Mapping[str, str]]) -> None:
+        """Compute no more of the metrics that fail in another process: {name: reason} of each."""
+        for name, reason in (item for others in failures for item in others.items()):
+            self.metrics.pop(name, None)
+            self.failures.setdefault(name, reason)
 
     def missing(self) -> list[int]:
         """Positions of the videos that nothing at all was computed for yet, by file names alone."""

@@ -6,12 +6,8 @@ torch here.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import pickle
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 # What two tables must share for their numbers to be comparable, beside the metrics' settings.
 COMPARED = ("dataset", "dataset_partition", "T", "videos", "samples", "frames")
-LOCK_PATIENCE_S = 60.0  # a longer wait is said
-LOCK_LIMIT_S = 120.0  # merging takes a second: whoever holds the lock longer is gone
 
 
 # ---------------------------------------------------------------- files
@@ -91,50 +85,6 @@ def load_elbo(path: Path) -> np.ndarray:
     if bits.dtype != np.float64 or bits.ndim != 1 or not np.isfinite(bits).all():
         raise ValueError(f"{path} does not hold finite float64 [steps]: delete it and run again")
     return bits
-
-
-@contextlib.contextmanager
-def table_lock(path: Path) -> Iterator[None]:
-    """Hold a lock file beside the table `path`; works where flock does not.
-
-    It only saves merges from being lost: files are whole without it. A holder that is waited for
-    longer than LOCK_LIMIT_S counts as gone.
-    """
-    lock = path.parent / f".{path.name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            _wait_for(lock)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _wait_for(lock: Path) -> None:
-    """Return when `lock` is free; after LOCK_LIMIT_S with one holder, take it away."""
-    began, said, holder = time.monotonic(), False, None
-    while True:
-        try:
-            now = (lock.stat().st_mtime_ns, lock.read_text())
-        except FileNotFoundError:
-            return
-        if now != holder:
-            began, said, holder = time.monotonic(), False, now
-        waited = time.monotonic() - began
-        if waited > LOCK_LIMIT_S:
-            logger.warning("%s: %s holds it too long: going on without", lock, now[1])
-            lock.unlink(missing_ok=True)
-            return
-        if waited > LOCK_PATIENCE_S and not said:
-            logger.info("%s: waiting for %s", lock, now[1])
-            said = True
-        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- summaries
@@ -251,12 +201,17 @@ def _number(value: float | None) -> str:
 
 
 def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
-    """How a metric was computed, and its floor."""
+    """How a metric was computed, and what it is between true videos."""
     if row.get("settings"):
         yield f"{mode}: " + ", ".join(f"{key} {value}" for key, value in row["settings"].items())
     if "floor" in row:
         floor = row["floor"]
         yield (
-            f"{mode} floor: {_number(floor['value'])} between {floor['n']} true videos and "
-            f"{floor['n']} of the {floor['partition']} partition"
+            f"{mode} real against real: {_number(floor['value'])} between {floor['n']} true videos "
+            f"and {floor['n']} of the {floor['partition']} partition"
         )
+        if "shared" in floor:
+            yield (
+                f"{mode} real against real, observed frames shared: {_number(floor['shared'])} "
+                "between the same, which begin alike, as samples and their truth do"
+            )

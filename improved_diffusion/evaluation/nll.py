@@ -30,7 +30,7 @@ from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.plan import OneClip, Task, chosen_batches, own_jobs
-from improved_diffusion.sampling.results import EvalDir, read_json, write_json
+from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
 from improved_diffusion.sampling.video_sampler import SymmetricView
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,10 @@ def video_bounds(
             observed, latent = observed[0], latent[0]
         indices = [*observed, *latent]
         done.append(bound(frames[indices], indices, len(observed), (video, step)))
-        _save(partial, done)
+        try:
+            _save(partial, done)
+        except OSError as error:  # it only saves making them again
+            logger.warning("unfinished bounds are not kept: %s", error)
     return np.array(done, dtype=np.float64)
 
 
@@ -174,7 +177,11 @@ def bound_dataset(options: NllConfig) -> VideoBounds:
     videos = _chosen_videos(task, source)
     process = task.model.process(options.timestep_respacing)
     if videos:
+        task.model.network  # noqa: B018  weights that do not fit are told before anything is written
+        task.plan.check(task.model.image_size)
         _check_config(task)
+    if dist_util.is_main():
+        EvalDir(task.eval_dir).clean_up()
     missing = [v for v in videos if _kept(paths.elbo_path(task.eval_dir, v)) is None]
     missing = dist_util.broadcast_object(missing)  # a quick rank may have made some already
     if missing:
@@ -207,21 +214,16 @@ def _check_config(task: Task) -> None:
     """
     eval_dir = EvalDir(task.eval_dir)
     stored = task.stored()
-    decisive = (*DECISIVE, *vars(task.plan.options))
+    decisive = (*DECISIVE, *vars(task.plan.options), *task.hashes())
     values = {name: stored[name] for name in decisive}
     path = eval_dir.path / "elbo_config.json"
-    if not path.exists():
-        write_json(path, values)
-        if not eval_dir.model_config_path.exists():
-            write_json(eval_dir.model_config_path, task.model.config)
+    begun = [*eval_dir.path.glob("elbos/elbo_*.npy"), *eval_dir.path.glob("partial/elbo_*.npy")]
+    if begun and path.exists():
+        check_same(f"{eval_dir.path / 'elbos'} holds bounds", read_json(path), values)
         return
-    before = read_json(path)
-    for name in values:
-        if before.get(name) != values[name]:
-            raise ValueError(
-                f"{eval_dir.path / 'elbos'} holds bounds made with {name} {before.get(name)}, not "
-                f"{values[name]}: choose another folder with --eval_dir"
-            )
+    write_json(path, values)
+    if not eval_dir.model_config_path.exists():
+        write_json(eval_dir.model_config_path, task.model.config)
 
 
 def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int]) -> None:

@@ -62,7 +62,10 @@ class EvalConfig:
     metric_options: Any = owned_options(METRICS)
     feature_options: Any = owned_options(FEATURES)
     floor: bool = option(
-        False, "also FVD and KVD between true videos of both partitions, of the same n", flag=True
+        False,
+        "also FVD and KVD of real videos against real ones, those of the other partition (of the same "
+        "n), as they are and with the observed frames shared, as samples share them",
+        flag=True,
     )
     allow_differences: bool = option(
         False, "compare tables of different n, T, frames or settings all the same", flag=True

@@ -14,9 +14,8 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
-from improved_diffusion.evaluation.cache import content_digest
 from improved_diffusion.evaluation.options import EvalConfig
-from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.results import EvalDir, content_digest, load_video
 from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -94,6 +93,12 @@ class ScoredSet:
                 f"{eval_dir.path}: all {length} frames with truth are observed: nothing to score"
             )
         samples = _common_samples(eval_dir.path, found, config.num_samples)
+        unchecked = [video for video in videos if eval_dir.truth(video) is None]
+        if unchecked and not stored.get("observed_frames"):
+            logger.warning(
+                "%s does not say what %d of %d samples continue: it cannot be checked that they are "
+                "scored against their own truth", eval_dir.path, len(unchecked), len(videos)
+            )  # fmt: skip
         return cls(eval_dir, truth, partition, videos, samples, T, length, predicted)
 
     @property
@@ -115,8 +120,14 @@ class ScoredSet:
 
     @functools.cached_property
     def truth_clips(self) -> list[Clip]:
-        """The true videos, in the order of `videos`."""
-        return [self._true_clip("truth", self.test_set, video) for video in self.videos]
+        """The true videos, in the order of `videos`.
+
+        Reading one raises ValueError where its samples continue another video.
+        """
+        return [
+            Clip(f"truth_{video:04d}", functools.partial(self._read_truth, video))
+            for video in self.videos
+        ]
 
     @functools.cached_property
     def sample_clips(self) -> list[list[Clip]]:
@@ -138,6 +149,31 @@ class ScoredSet:
 
         Raises ValueError for fewer than two.
         """
+        return [
+            Clip(f"floor_{video:04d}", functools.partial(others.read, video, range(self.length)))
+            for others, video in self._floor_videos
+        ]
+
+    @functools.cached_property
+    def shared_floor_clips(self) -> list[Clip]:
+        """`floor_clips` that begin as samples do: with the observed frames of the true video beside.
+
+        Empty where nothing is observed.
+        """
+        if len(self.predicted) == self.length:
+            return []
+        return [
+            Clip(f"{clip.label}-shared", functools.partial(self._read_shared, clip, truth))
+            for clip, truth in zip(self.floor_clips, self.truth_clips, strict=False)
+        ]
+
+    def _read_shared(self, clip: Clip, truth: Clip) -> np.ndarray:
+        frames = truth.frames().copy()
+        frames[self.predicted] = clip.frames()[self.predicted]
+        return frames
+
+    @functools.cached_property
+    def _floor_videos(self) -> list[tuple[VideoTestSet, int]]:
         files = self.test_set.files
         others = get_test_dataset(
             files.spec, T=self.T, partition=self.other, cache_dir=files.cache_dir
@@ -150,18 +186,49 @@ class ScoredSet:
                 f"--floor: {self.eval_dir.path} and the {self.other} partition of "
                 f"{self.test_set.name} share no 2 videos of {self.length} frames: leave it out"
             )
-        return [self._true_clip("floor", others, video) for video in chosen]
+        return [(others, video) for video in chosen]
 
     @property
     def other(self) -> str:
         """The partition that is not scored."""
         return "train" if self.partition == "test" else "test"
 
-    def _true_clip(self, kind: str, test_set: VideoTestSet, video: int) -> Clip:
-        read = functools.partial(test_set.read, video, range(self.length))
-        return Clip(f"{kind}_{video:04d}", read)
+    def _read_truth(self, video: int) -> np.ndarray:
+        """A true video's first `length` frames, once they are known to be those of its samples."""
+        kept = self.eval_dir.truth(video)
+        length = self.length if kept is None else max(self.length, kept["frames"])
+        frames = self.test_set.read(video, range(min(length, self.test_set.length(video))))
+        if kept is not None and content_digest(frames[: kept["frames"]]) != kept["sha256"]:
+            raise self._other_truth(
+                f"the samples of video {video} continue another video than that"
+            )
+        for sample in self.samples:
+            self._check_observed(video, sample, frames[: self.length])
+        return frames[: self.length]
+
+    def _check_observed(self, video: int, sample: int, truth: np.ndarray) -> None:
+        """See that a sample's observed frames are the true ones, up to one level of grey.
+
+        The published code rounds them down.
+        """
+        observed = self.eval_dir.sample_config().get("observed_frames", [])
+        observed = [frame for frame in observed if frame < self.length]
+        frames = self._open_sample(video, sample)[observed].astype(int)
+        if observed and np.abs(frames - truth[observed]).max() > 1:
+            name = paths.sample_name(video, sample)
+            raise self._other_truth(f"{name} observes other frames than video {video} has")
+
+    def _other_truth(self, fault: str) -> ValueError:
+        return ValueError(
+            f"{self.eval_dir.path}: {fault} of {self.test_set.name}, partition {self.partition}: "
+            "check --dataset and --dataset_partition; if the data set has changed, restore it"
+        )
 
     def _read_sample(self, video: int, sample: int) -> np.ndarray:
+        return np.array(self._open_sample(video, sample)[: self.length])
+
+    def _open_sample(self, video: int, sample: int) -> np.ndarray:
+        """A sample, memory-mapped; ValueError where it does not fit."""
         path = paths.sample_path(self.eval_dir.path, video, sample)
         frames = load_video(path)
         size = self.test_set.files.spec.image_size
@@ -170,7 +237,7 @@ class ScoredSet:
                 f"{path} holds {len(frames)} frames of {frames.shape[2]}x{frames.shape[3]}, not "
                 f"{self.T} of {size}x{size}: check --T and --dataset, or sample it again"
             )
-        return np.array(frames[: self.length])
+        return frames
 
 
 def _setting(config: EvalConfig, eval_dir: EvalDir, name: str) -> Any:

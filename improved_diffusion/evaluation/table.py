@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from improved_diffusion.data.file_lock import file_lock
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import cache_name
 from improved_diffusion.evaluation.measurements import Measurements
@@ -27,7 +28,7 @@ def write_table(measured: Measurements) -> bool:
     if any(asked[name] is None for name in measured.metrics):
         return False
     path = measured.scored.path
-    with metric_tables.table_lock(path):
+    with file_lock(path):
         before = metric_tables.read_info(path).get("metrics", {})
         settings = {name: row.get("settings", {}) for name, row in before.items()}
         settings |= {name: ready.settings for name, ready in measured.metrics.items()}
@@ -65,7 +66,11 @@ def _row(
 def _floor(
     measured: Measurements, name: str, settings: dict[str, Any], truth: str
 ) -> dict[str, Any] | None:
-    """The distance between true videos of both partitions, if it is asked for."""
+    """The distances between true videos of both partitions, if they are asked for.
+
+    "value": between the videos as they are. "shared": where those of the other partition begin with
+    the observed frames of their counterparts, as samples do.
+    """
     n = len(measured.floor_clips)
     if not n or name not in measured.metrics:
         return None
@@ -73,4 +78,9 @@ def _floor(
     value = measured.distance(name, settings, real, measured.floor_clips)
     if value is None:
         return None
-    return {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
+    floor = {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
+    if measured.shared_floor_clips:
+        shared = measured.distance(name, settings, real, measured.shared_floor_clips)
+        if shared is not None:
+            floor["shared"] = shared
+    return floor

@@ -107,3 +107,5 @@ def _frames(frames: Any, device: str) -> Tensor:
 
 # What an adaptive strategy may ask for by name: squared distances of the vectors are its distance.
 EMBEDDINGS = {"lpips": lpips_embedding}
+# The file that each depends on, or why there is none (FileNotFoundError).
+EMBEDDING_WEIGHTS = {"lpips": find_alexnet}

@@ -25,7 +25,7 @@ from improved_diffusion.losses import masked_mean
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
 from improved_diffusion.sampling.plan import Task, evaluation_dir
-from improved_diffusion.sampling.results import read_json, write_json
+from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def search_step(
     latent ones. Each frame that is added is kept in the file at once.
     """
     if path.exists():
-        chosen = list(read_json(path)["observed"])
+        chosen = _found(path, candidates)
     elif start_from == "nearest":
         nearest = sorted(candidates, key=lambda f: (min(abs(f - frame) for frame in latent), f))
         chosen = nearest[: places // 2]
@@ -125,7 +125,17 @@ def search_step(
         chosen.append(left[best])
         logger.info("step %d: observe %d, error %.5f", step, left[best], errors[best])
         write_json(path, {"observed": chosen, "error": errors[best]})
+    if not path.exists():  # there was nothing to choose
+        write_json(path, {"observed": chosen, "error": error(step, sorted(chosen), latent)})
     return sorted(chosen)
+
+
+def _found(path: Path, candidates: Sequence[int]) -> list[int]:
+    """The frames in the file of a step. Raises ValueError naming it where they cannot be."""
+    observed = read_json(path).get("observed")
+    if not isinstance(observed, list) or not set(observed) <= set(candidates):
+        raise ValueError(f"{path}: {observed} are no frames that the step can observe: delete it")
+    return observed
 
 
 def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
@@ -135,23 +145,60 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     ValueError for a user's mistake.
     """
     task = Task.resolve(options)
-    strategy = task.plan.strategy()
-    if strategy.is_adaptive:
-        raise ValueError(f"--inference_mode {options.inference_mode} chooses its own frames")
+    plan, places = _searchable(task)
     # The folder in which --optimal will look.
-    named = dataclasses.replace(options, optimal=True)
-    eval_dir = evaluation_dir(named, task.model.step, task.plan.T, task.plan.max_frames)
-    plan = plan_steps(strategy)
+    sizes = task.model.step, task.plan.T, task.plan.max_frames
+    eval_dir = evaluation_dir(dataclasses.replace(options, optimal=True), *sizes)
     array_task = dist_util.array_task()
     if array_task is not None and array_task not in plan:
         logger.info("nothing to do: there is no step SLURM_ARRAY_TASK_ID=%d to search", array_task)
+    EvalDir(eval_dir).clean_up()
     error = _denoising_error(task, search)
-    places = task.plan.max_frames - options.step_size
+    _record(task, search, eval_dir)
     for step in plan if array_task is None else set(plan) & {array_task}:
         candidates, latent = plan[step]
         path = paths.schedule_step_path(eval_dir, step)
         search_step(error, step, candidates, latent, places, path, start_from=search.start_from)
     return _merge(eval_dir, plan, places)
+
+
+def _searchable(task: Task) -> tuple[dict[int, tuple[list[int], list[int]]], int]:
+    """(`plan_steps`, frames that a step observes at most).
+
+    Raises ValueError for a strategy that could not sample with the schedule that is found.
+    """
+    strategy, mode = task.plan.strategy(), task.options.inference_mode
+    if strategy.is_adaptive:
+        raise ValueError(f"--inference_mode {mode} chooses its own frames")
+    if strategy.samples_frame_twice:
+        raise ValueError(
+            f"--inference_mode {mode} samples frames again, which a schedule could make it observe "
+            "at the same time: choose another"
+        )
+    plan = plan_steps(strategy)
+    places = task.plan.max_frames - task.options.step_size
+    if any(len(latent) + min(places, len(c)) > task.plan.max_frames for c, latent in plan.values()):
+        raise ValueError(
+            f"--inference_mode {mode} leaves no room for observed frames within --max_frames "
+            f"{task.plan.max_frames}: there is nothing to search"
+        )
+    return plan, places
+
+
+def _record(task: Task, search: ScheduleConfig, eval_dir: Path) -> None:
+    """Keep the options of the search beside what it finds, or see that they are the same.
+
+    Raises ValueError naming the first that differs.
+    """
+    now = vars(search) | task.hashes() | {"seed": task.options.seed, "dataset": task.dataset}
+    path = paths.schedule_search_path(eval_dir)
+    if any(path.parent.glob("step_*.json")):
+        before = read_json(path) if path.exists() else {}
+        check_same(f"{path.parent} holds steps of a search", before, now)
+        if not before:
+            logger.warning("%s does not say how its steps were searched: going on", path.parent)
+        return
+    write_json(path, now)
 
 
 def _denoising_error(task: Task, search: ScheduleConfig) -> DenoisingError:

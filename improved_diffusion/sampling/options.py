@@ -66,7 +66,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         fill_options(self)
-        check_positive(self, "step_size", "num_samples", "batch_size")
+        check_positive(self, "step_size", "num_samples", "batch_size", "T", "max_frames")
         if self.subset_size is not None and self.indices is not None:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
         if self.obs_video and (self.indices is not None or self.subset_size is not None):
@@ -77,6 +77,8 @@ class SampleConfig:
             raise ValueError(
                 f"--use_ddim True and --sampler {self.sampler} contradict each other: drop one"
             )
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta {self.eta}: must be from 0 to 1")
         if self.eta and self.sampler_name != "ddim":
             raise ValueError(
                 f"--eta {self.eta} goes with --use_ddim True, not with {self.sampler_name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from improved_diffusion import dist_util
+from improved_diffusion.config import DataConfig, from_options
 from improved_diffusion.data import machine, paths
+from improved_diffusion.data.dataset_specs import FrameRate
+from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
-from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video
-from improved_diffusion.inference_utils import InferenceStrategyBase, create_strategy
+from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, subsample
+from improved_diffusion.inference_utils import (
+    InferenceStrategyBase,
+    create_strategy,
+    load_optimal_schedule,
+)
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.trained_model import TrainedModel
@@ -70,8 +79,38 @@ class VideoPlan:
         """What the strategy asks for by name; its weights are read when frames are there."""
         from improved_diffusion.sampling.lpips_util import EMBEDDINGS
 
-        name = STRATEGIES[self.mode].embedding(self.options)
-        return EMBEDDINGS[name](frames, device=self.device)
+        assert self.embedding is not None, f"{self.mode} asks for no embedding"
+        return EMBEDDINGS[self.embedding](frames, device=self.device)
+
+    @property
+    def embedding(self) -> str | None:
+        """The name of the embedding that the strategy asks for."""
+        return STRATEGIES[self.mode].embedding(self.options)
+
+    def check(self, image_size: int) -> None:
+        """See that nothing in the plan can fail once videos are sampled.
+
+        Walks through the whole optimal schedule, and embeds a frame of `image_size` where that will
+        be done. Raises ValueError or FileNotFoundError.
+        """
+        if self.schedule is not None:
+            for _ in self.strategy():
+                pass
+        if self.embedding is not None:
+            self._embed(np.zeros((1, 3, image_size, image_size), np.float32))
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what files the plan depends on: the schedule, the weights of an embedding."""
+        from improved_diffusion.sampling.lpips_util import EMBEDDING_WEIGHTS
+
+        found = {}
+        if self.schedule is not None:
+            schedule = load_optimal_schedule(self.schedule)
+            text = json.dumps(schedule, sort_keys=True)
+            found["schedule_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        if self.embedding in EMBEDDING_WEIGHTS:
+            found["embedding_sha256"] = sha256(EMBEDDING_WEIGHTS[self.embedding]())
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,8 +136,8 @@ class Task:
             raise ValueError(
                 f"{options.checkpoint_path} names no data set: give --override_dataset"
             )
-        T = options.T or model.dataset_spec(dataset).T
-        max_frames = options.max_frames or model.max_frames
+        T = model.dataset_spec(dataset).T if options.T is None else options.T
+        max_frames = model.max_frames if options.max_frames is None else options.max_frames
         if max_frames is None:
             raise ValueError(
                 f"{options.checkpoint_path} does not say its max_frames: give --max_frames"
@@ -120,10 +159,15 @@ class Task:
         )
         return cls(options, model, plan, dataset, eval_dir)
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a video: (T, 3, H, W)."""
+        return self.plan.T, 3, self.model.image_size, self.model.image_size
+
     def source(self) -> VideoTestSet | OneClip:
         """Where observed frames come from."""
         if self.options.obs_video:
-            return OneClip(self.options.obs_video, self.model.image_size)
+            return OneClip(self.options.obs_video, self.model)
         return self.videos(self.options.dataset_partition)
 
     def videos(self, partition: str) -> VideoTestSet:
@@ -141,6 +185,7 @@ class Task:
         own = STRATEGIES[plan.mode].stored_options(plan.options)
         return (
             own
+            | self.hashes()
             | {name: getattr(options, name) for name in kept.split()}
             | {
                 "checkpoint_step": self.model.step,
@@ -151,6 +196,19 @@ class Task:
                 "observed_frames": plan.strategy().observed_from_data,
             }
         )
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what files the samples and bounds depend on, beside the data set."""
+        found = {"weights_sha256": self.model.identity} | self.plan.hashes()
+        if self.options.obs_video:
+            found["obs_video_sha256"] = sha256(self.options.obs_video)
+        return found
+
+    def ignored(self) -> set[str]:
+        """The stored options that play no part: a clip comes from no data set, and may be moved."""
+        unused = set() if self.options.sampler_name == "ddim" else {"eta"}
+        clip = {"dataset", "dataset_partition", "obs_video"} if self.options.obs_video else set()
+        return unused | clip
 
 
 def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) -> Path:
@@ -175,11 +233,17 @@ def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) ->
 
 
 class OneClip:
-    """One's own video file in the place of a test set."""
+    """One's own video file in the place of a test set, at the frame rate that was trained on.
 
-    def __init__(self, path: str, image_size: int):
-        self.video: OpenVideo = open_video(path)
-        self.image_size = image_size
+    Raises ValueError for a file that cannot be read or has no frame rate where one is needed.
+    """
+
+    def __init__(self, path: str, model: TrainedModel):
+        video = open_video(path)
+        reading = from_options(DataConfig, model.config)
+        rate = FrameRate(reading.frame_stride, reading.fps)
+        self.video: OpenVideo = subsample(video, rate.step(video.path, video.fps))
+        self.image_size = model.image_size
 
     def __len__(self) -> int:
         return 1

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from improved_diffusion.data import paths
+from improved_diffusion.data.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 # Written beside the samples, but two runs may differ in it and still make the same videos.
 NOT_A_VALUE = {"checkpoint_path"}
+# Hashes of what the values depend on; folders of earlier versions have none.
+HASH_SUFFIX = "_sha256"
+
+
+class Partial(NamedTuple):
+    """An unfinished video.
+
+    stages: inference steps that are made. frames: uint8 [T, 3, H, W]. made: bool [T], the frames
+    that exist: read from the data, or sampled.
+    """
+
+    stages: int
+    frames: np.ndarray
+    made: np.ndarray
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -55,6 +74,38 @@ def load_video(path: Path) -> np.ndarray:
     return video
 
 
+def content_digest(frames: np.ndarray) -> str:
+    """A hash of an array's type, shape and values."""
+    digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
+    digest.update(np.ascontiguousarray(frames).data)
+    return digest.hexdigest()
+
+
+def check_same(
+    what: str, before: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()
+) -> None:
+    """See that `what` (a folder and its content) was made with the options that hold now.
+
+    Options that only one of both knows are not compared; where those are hashes, which earlier
+    versions did not store, a warning says so. Raises ValueError naming the first that differs.
+    """
+    ignored = NOT_A_VALUE | set(ignored)
+    for name in sorted(set(before) & set(now) - ignored):
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{what} made with {name} {before[name]}, not {now[name]}: choose another folder "
+                "with --eval_dir"
+            )
+    unknown = [n for n in sorted(set(now) - set(before) - ignored) if n.endswith(HASH_SUFFIX)]
+    if before and unknown:
+        _say_unknown(what, ", ".join(name.removesuffix(HASH_SUFFIX) for name in unknown))
+
+
+@functools.cache  # said once
+def _say_unknown(what: str, names: str) -> None:
+    logger.warning("%s made by an earlier version: cannot tell whether by the same %s", what, names)
+
+
 class EvalDir:
     """The evaluation directory at `path` (results/<run>/<checkpoint>/<inference_mode_str>)."""
 
@@ -77,33 +128,56 @@ class EvalDir:
         """The training options of the checkpoint; empty where nothing says so."""
         return read_json(self.model_config_path) if self.model_config_path.exists() else {}
 
+    def is_begun(self) -> bool:
+        """Whether a sample, finished or not, is here."""
+        files = (self.path.glob(f"{kind}/sample_*.np[yz]") for kind in ("samples", "partial"))
+        return any(True for found in files for _ in found)
+
+    def check_config(self, now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+        """See that what is sampled here already was made with the options `now`.
+
+        ignored: options that play no part. Raises ValueError naming the first that differs.
+        """
+        if self.is_begun():
+            check_same(f"{self.path} holds samples", self.sample_config(), now, ignored)
+
     def write_configs(
-        self, model_config: Mapping[str, Any], sample_config: Mapping[str, Any]
+        self,
+        model_config: Mapping[str, Any],
+        sample_config: Mapping[str, Any],
+        ignored: Collection[str] = (),
     ) -> None:
         """Store the options, or check that they are those of the samples already here.
 
-        Raises ValueError naming the first option that differs.
+        Options of a run that came to nothing are replaced. Raises ValueError as `check_config`.
         """
-        before = self.sample_config()
-        for name in sorted(set(before) & set(sample_config) - NOT_A_VALUE):
-            if before[name] != sample_config[name]:
-                raise ValueError(
-                    f"{self.path} holds samples made with {name} {before[name]}, not "
-                    f"{sample_config[name]}: choose another folder with --eval_dir"
-                )
-        if not before:
+        self.check_config(sample_config, ignored)
+        if not self.sample_config_path.exists() or not self.is_begun():
             write_json(self.model_config_path, model_config)
             write_json(self.sample_config_path, sample_config)
 
-    def has_sample(self, video: int, sample: int) -> bool:
-        """Whether that sample is there and whole; an unreadable file is named and counts as missing."""
+    @contextlib.contextmanager
+    def claimed(self, *configs: Any) -> Iterator[None]:
+        """Around writing a run's first file: `write_configs`, with no other run in between."""
+        with file_lock(self.sample_config_path):
+            self.write_configs(*configs)
+            yield
+
+    def has_sample(self, video: int, sample: int, shape: tuple[int, ...] | None = None) -> bool:
+        """Whether that sample is there and whole, and of the shape [T, 3, H, W] if one is given.
+
+        A file that is not is named and counts as missing.
+        """
         path = paths.sample_path(self.path, video, sample)
         try:
-            load_video(path)
+            found = load_video(path).shape
         except FileNotFoundError:
             return False
         except ValueError as error:
             logger.warning("%s; making it again", error)
+            return False
+        if shape is not None and found != shape:
+            logger.warning("%s holds %s, not %s; making it again", path, list(found), list(shape))
             return False
         return True
 
@@ -111,19 +185,32 @@ class EvalDir:
         """Write one sampled video, uint8 [T, 3, H, W], atomically."""
         with paths.atomic_write(paths.sample_path(self.path, video, sample)) as file:
             np.save(file, frames)
+        # What was computed of an earlier file of this name.
+        name = paths.sample_name(video, sample)
+        for stale in paths.metrics_cache_dir(self.path).glob(f"{name}_*.npy"):
+            stale.unlink(missing_ok=True)
 
-    def save_partial(self, video: int, sample: int, frames: np.ndarray, stages: int) -> None:
-        """Keep a video of which `stages` inference steps are made, uint8 [T, 3, H, W]."""
+    def save_partial(self, video: int, sample: int, partial: Partial) -> None:
+        """Keep an unfinished video."""
         with paths.atomic_write(paths.partial_path(self.path, video, sample)) as file:
-            np.savez(file, frames=frames, stages=stages)
+            np.savez(file, **partial._asdict())
 
-    def load_partial(self, video: int, sample: int) -> tuple[int, np.ndarray | None]:
-        """(inference steps made, frames) of an unfinished video; (0, None) where none is kept."""
+    def partial_stages(self, video: int, sample: int) -> int:
+        """How many inference steps of an unfinished video are made; 0 where none is kept."""
+        return self._read_partial(video, sample, lambda kept: int(kept["stages"])) or 0
+
+    def load_partial(self, video: int, sample: int) -> Partial | None:
+        """An unfinished video; None where none is kept that can be gone on with."""
+        return self._read_partial(
+            video, sample, lambda kept: Partial(int(kept["stages"]), kept["frames"], kept["made"])
+        )
+
+    def _read_partial(self, video: int, sample: int, read: Callable[[Any], Value]) -> Value | None:
         try:
             with np.load(paths.partial_path(self.path, video, sample), allow_pickle=False) as kept:
-                return int(kept["stages"]), kept["frames"]
+                return read(kept)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return 0, None
+            return None
 
     def drop_partial(self, video: int, sample: int) -> None:
         """Forget the unfinished video, now that it is finished."""
@@ -141,6 +228,48 @@ class EvalDir:
                 found.setdefault(parsed[0], []).append(parsed[1])
         if not found:
             raise FileNotFoundError(
-                f"no samples in {self.path / 'samples'}: run scripts/video_sample.py first, or check --eval_dir"
+                f"no samples in {self.path / 'samples'}: {self._where_samples_are()}"
             )
         return {video: sorted(found[video]) for video in sorted(found)}
+
+    def _where_samples_are(self) -> str:
+        """What to do about a folder without samples; the sampler's --eval_dir is one above them."""
+        below = sorted(str(folder.parent) for folder in self.path.glob("*/samples"))
+        if below:
+            return f"the folders below have some, give --eval_dir {' '.join(below)}"
+        return "run scripts/video_sample.py first, or check --eval_dir"
+
+    # ------------------------------------------------------------ the truth of the samples
+
+    def truth(self, video: int) -> dict[str, Any] | None:
+        """What a video's samples continue: {"frames": n, "sha256": of its first n}; None: unsaid."""
+        path = paths.truth_path(self.path, video)
+        return read_json(path) if path.exists() else None
+
+    def save_truth(self, video: int, truth: Mapping[str, Any]) -> None:
+        """Keep what a video's samples continue, where nothing says so yet."""
+        if not paths.truth_path(self.path, video).exists():
+            write_json(paths.truth_path(self.path, video), truth)
+
+    def clean_up(self) -> None:
+        """Remove what killed runs have left behind: temporary files, stale unfinished videos."""
+        folders = ("", "samples", "partial", "truth", "elbos", "metrics_cache", "optimal_schedule")
+        paths.remove_leftovers(*(self.path / name for name in folders))
+        for partial in (self.path / "partial").glob("*.np[yz]"):
+            final = "elbos" if partial.suffix == ".npy" else "samples"
+            if _is_whole(self.path / final / f"{partial.stem}.npy"):
+                partial.unlink(missing_ok=True)
+        for cached in paths.metrics_cache_dir(self.path).glob("sample_*.npy"):
+            name = "_".join(cached.name.split("_")[:2])
+            if not (self.path / "samples" / f"{name}.npy").exists():
+                cached.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (self.path / "partial").rmdir()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return False
+    return True

@@ -44,12 +44,18 @@ class VideoSampler:
         videos: np.ndarray,
         jobs: Sequence[Job],
         start_stage: int = 0,
+        made: np.ndarray | None = None,
     ) -> Iterator[tuple[int, int]]:
         """Fill in the missing frames of `videos`, uint8 [B, T, 3, H, W], in place.
 
         The frames `strategy.observed_from_data` must be there, and what the inference steps before
-        `start_stage` sample. jobs: B of them. Yields (stage, frames sampled in it) after each one.
+        `start_stage` sample. jobs: B of them. made: bool [B, T], the frames that exist, which is
+        kept up to date (None: those from the data). Yields (stage, frames sampled in it) after each
+        one. Raises ValueError where a frame that is to be observed does not exist.
         """
+        if made is None:
+            made = np.zeros(videos.shape[:2], bool)
+            made[:, strategy.observed_from_data] = True
         if strategy.is_adaptive:
             strategy.set_videos(SymmetricView(videos))  # type: ignore[attr-defined]
         for stage, (observed, latent) in enumerate(strategy):
@@ -59,7 +65,11 @@ class VideoSampler:
                 for rows in _alike(observed, latent):
                     indices = np.array([observed[row] + latent[row] for row in rows])
                     noise = [make_generator(self.seed, *jobs[row], stage) for row in rows]
-                    self._sample_rows(videos, rows, indices, len(observed[rows[0]]), noise)
+                    num_observed = len(observed[rows[0]])
+                    for row, frames in zip(rows, indices, strict=True):
+                        require_made(jobs[row], made[row], frames[:num_observed])
+                    self._sample_rows(videos, rows, indices, num_observed, noise)
+                    made[np.array(rows)[:, None], indices[:, num_observed:]] = True
                 yield stage, sum(map(len, latent))
 
     @torch.inference_mode()
@@ -84,6 +94,16 @@ class VideoSampler:
         with self.denoiser.autocast():
             out = SAMPLERS[self.sampler](self.denoiser, batch, generator=generators, eta=self.eta)
         videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
+
+
+def require_made(job: Job, made: np.ndarray, frames: Sequence[int] | np.ndarray) -> None:
+    """Raise ValueError where one of `frames` does not exist. made: bool [T] of the job's video."""
+    missing = [int(frame) for frame in frames if not made[frame]]
+    if missing:
+        raise ValueError(
+            f"video {job.video} sample {job.sample}: the frames {missing} were never made: delete "
+            "what is kept of it in partial/ and run again"
+        )
 
 
 def _alike(observed: list[list[int]], latent: list[list[int]]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from improved_diffusion import dist_util
 from improved_diffusion.data import machine
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.inference_utils import InferenceStrategyBase
+from improved_diffusion.sampling.keeper import Keeper
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.plan import Job, OneClip, Task, chosen_batches, own_jobs
-from improved_diffusion.sampling.results import EvalDir
-from improved_diffusion.sampling.video_sampler import VideoSampler
+from improved_diffusion.sampling.results import EvalDir, Partial
+from improved_diffusion.sampling.video_sampler import VideoSampler, require_made
 from improved_diffusion.sampling.video_sampler import sample_video as sample_video  # published here
 
 logger = logging.getLogger(__name__)
@@ -36,24 +38,33 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     source = task.source()
     batches = chosen_batches(options, len(source))
     if options.status:
-        print_status(eval_dir, batches)
+        print_status(task, eval_dir, batches)
         return eval_dir
     wanted = own_jobs(batches)
     if not wanted:
         return eval_dir
+    stored, ignored = task.stored(), task.ignored()
+    eval_dir.check_config(stored, ignored)
     # All ranks share out one list: by the time the last one looks, the first may have saved a video.
-    jobs = dist_util.broadcast_object([job for job in wanted if not eval_dir.has_sample(*job)])
+    jobs = dist_util.broadcast_object(_unfinished(task, eval_dir, wanted))
     _check_lengths(strategy, source, sorted({job.video for job in wanted}), task.plan.T)
     run = SamplingRun(task, source, eval_dir)
-    eval_dir.write_configs(task.model.config, task.stored())
     logger.info("%d videos to sample into %s", len(jobs), eval_dir.path)
     run.make(jobs[dist_util.rank() :: dist_util.world_size()])
     return eval_dir
 
 
-def print_status(eval_dir: EvalDir, batches: list[list[Job]]) -> None:
+def _unfinished(task: Task, eval_dir: EvalDir, wanted: list[Job]) -> list[Job]:
+    """Those of the jobs that are left to do; what killed runs left behind is removed."""
+    if dist_util.is_main():
+        eval_dir.clean_up()
+    return [job for job in wanted if not eval_dir.has_sample(*job, task.shape)]
+
+
+def print_status(task: Task, eval_dir: EvalDir, batches: list[list[Job]]) -> None:
     """Print what is missing: one line per video and sample, and the array tasks that make them."""
-    missing = [[job for job in batch if not eval_dir.has_sample(*job)] for batch in batches]
+    shape = task.shape
+    missing = [[job for job in batch if not eval_dir.has_sample(*job, shape)] for batch in batches]
     for job in sorted(job for batch in missing for job in batch):
         print(f"missing: video {job.video} sample {job.sample}")
     tasks = [str(index) for index, batch in enumerate(missing) if batch]
@@ -94,7 +105,11 @@ def _check_lengths(
 
 
 class SamplingRun:
-    """Makes videos in batches, keeps what is unfinished, and says how long it took."""
+    """Makes videos in batches, keeps what is unfinished, and says how long it took.
+
+    Raises ValueError or FileNotFoundError, before anything is written, for weights that do not fit
+    and a plan that will fail.
+    """
 
     def __init__(self, task: Task, source: VideoTestSet | OneClip, eval_dir: EvalDir) -> None:
         options, model = task.options, task.model
@@ -111,66 +126,73 @@ class SamplingRun:
             seed=options.seed,
             eta=options.eta,
         )
+        task.plan.check(model.image_size)
+        self.keeper = Keeper(task, source, eval_dir)
 
     def make(self, jobs: list[Job]) -> None:
         """Sample in batches; videos that an earlier run left unfinished go on where they are."""
-        size = self.task.options.batch_size
-        frames = len(jobs) * _frames_per_video(self.task.plan.strategy())
-        stages = {job: self.eval_dir.load_partial(*job)[0] for job in jobs}
-        began = time.perf_counter()
-        with tqdm(total=frames, unit="frame", disable=not dist_util.is_main()) as bar:
-            for stage in sorted(set(stages.values()), reverse=True):
-                alike = [job for job in jobs if stages[job] == stage]
-                for start in range(0, len(alike), size):
-                    self._make_batch(alike[start : start + size], bar)
+        total = len(jobs) * _frames_per_video(self.task.plan.strategy())
+        stages = {job: self.eval_dir.partial_stages(*job) for job in jobs}
+        began, made = time.perf_counter(), 0
+        with tqdm(total=total, unit="frame", disable=not dist_util.is_main()) as bar:
+            while stages:
+                stage, partials = self._next_batch(stages)
+                for num_frames in self._make_batch(stage, partials):
+                    bar.update(num_frames)
+                    made += num_frames
         seconds = time.perf_counter() - began
         if jobs:
             logger.info(
                 "sampled %d frames in %.1f s: %.2f frames/s, %d network calls, peak memory %.2f GB",
-                bar.n,
+                made,
                 seconds,
-                bar.n / seconds,
+                made / seconds,
                 self.sampler.denoiser.calls,
                 machine.peak_memory_gb(self.sampler.device),
             )
 
-    def _make_batch(self, batch: list[Job], bar: tqdm) -> None:
-        """Sample, save and tidy up one batch of jobs that are at the same inference step."""
-        plan, size = self.task.plan, self.task.model.image_size
-        videos = np.zeros((len(batch), plan.T, 3, size, size), np.uint8)
-        observed = plan.strategy().observed_from_data
-        start_stage = 0
-        for row, job in enumerate(batch):
-            start_stage, frames = self.eval_dir.load_partial(*job)
-            if frames is None:
-                videos[row, observed] = self.source.read(job.video, observed)
-            else:
-                videos[row] = frames
-        keeper = PartialKeeper(self.eval_dir, batch, videos)
-        for stage, num_frames in self.sampler.sample(plan.strategy(), videos, batch, start_stage):
-            bar.update(num_frames)
-            keeper.keep(stage + 1)
-        for job, video in zip(batch, videos, strict=True):
-            self.eval_dir.save_sample(*job, video)
-            self.eval_dir.drop_partial(*job)
+    def _next_batch(self, stages: dict[Job, int]) -> tuple[int, dict[Job, Partial | None]]:
+        """(inference steps made, unfinished videos) of a batch, perhaps none; takes it out of `stages`.
 
+        Another run may work in the same folder: of the videos that were furthest when they were
+        looked at last, those make the batch that are still there; finished ones are dropped.
+        """
+        stage, batch = max(stages.values()), {}
+        furthest = [job for job, reached in stages.items() if reached == stage]
+        for job in furthest[: self.task.options.batch_size]:
+            if self.eval_dir.has_sample(*job, self.task.shape):
+                del stages[job]
+                continue
+            partial = self.keeper.load(job)
+            stages[job] = partial.stages if partial else 0
+            if stages[job] == stage:
+                batch[job] = partial
+                del stages[job]
+        return stage, batch
 
-class PartialKeeper:
-    """Keeps unfinished videos on disk, as often as costs no more than a twentieth of the time."""
-
-    def __init__(self, eval_dir: EvalDir, jobs: list[Job], videos: np.ndarray):
-        self.eval_dir, self.jobs, self.videos = eval_dir, jobs, videos
-        self._due = time.perf_counter()
-
-    def keep(self, stages: int) -> None:
-        """Write the videos, of which `stages` inference steps are made, unless it is too soon."""
-        began = time.perf_counter()
-        if began < self._due:
+    def _make_batch(self, stage: int, partials: dict[Job, Partial | None]) -> Iterator[int]:
+        """Sample and save videos of which `stage` inference steps are made; yields new frames."""
+        batch, plan = list(partials), self.task.plan
+        if not batch:
             return
-        for job, video in zip(self.jobs, self.videos, strict=True):
-            self.eval_dir.save_partial(*job, video, stages)
-        ended = time.perf_counter()
-        self._due = ended + 20 * (ended - began)
+        videos = np.zeros((len(batch), *self.task.shape), np.uint8)
+        made = np.zeros(videos.shape[:2], bool)
+        observed = plan.strategy().observed_from_data
+        for row, job in enumerate(batch):
+            partial = partials[job]
+            if partial is None:
+                videos[row, observed] = self.source.read(job.video, observed)
+                made[row, observed] = True
+            else:
+                videos[row], made[row] = partial.frames, partial.made
+        steps = self.sampler.sample(plan.strategy(), videos, batch, stage, made)
+        for done, num_frames in steps:
+            yield num_frames
+            rows = zip(videos, made, strict=True)
+            self.keeper.keep({j: Partial(done + 1, *r) for j, r in zip(batch, rows, strict=True)})
+        for job, video, exists in zip(batch, videos, made, strict=True):
+            require_made(job, exists, range(plan.T))
+            self.keeper.finish(job, video)
 
 
 def _frames_per_video(strategy: InferenceStrategyBase) -> int:

@@ -146,8 +146,7 @@ def as_matrix(param: Tensor) -> Tensor:
 
 def _memory_order(param: Tensor) -> list[int]:
     """The axes of a parameter but the first, outermost in memory first."""
-    strides = param.stride()
-    return sorted(range(1, param.ndim), key=lambda axis: -strides[axis])
+    return sorted(range(1, param.ndim), key=param.stride, reverse=True)
 
 
 def _gradient_matrix(param: Tensor) -> Tensor | None:

@@ -160,8 +160,8 @@ def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fixed_options(options: Mapping[str, Any]) -> set[str]:
-    """The options that a run of these keeps to its end: network, process, objective, optimiser."""
-    fixed = {"optimizer", *defaults(ModelConfig, DiffusionConfig)}
+    """The options that a run of these keeps to its end: network, process, masks, objective, optimiser."""
+    fixed = {"optimizer", "mask_distribution", *defaults(ModelConfig, DiffusionConfig)}
     timesteps = TIMESTEP_DISTRIBUTIONS[options["schedule_sampler"]]
     if getattr(timesteps, "changes_objective", False):
         fixed |= {"schedule_sampler", *defaults(timesteps.Options)}

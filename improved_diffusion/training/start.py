@@ -53,6 +53,7 @@ def create_train_loop(
         seed=train.seed,
         pad_with_random_frames=train.pad_with_random_frames,
         mask_distribution=train.mask_distribution,
+        mask_options=train.mask_options,
         cache_dir=data.cache_dir,
     )
     valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None

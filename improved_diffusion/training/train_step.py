@@ -27,6 +27,7 @@ from improved_diffusion.nn import compile_network, ema_decay, update_ema
 from improved_diffusion.registry import OPTIMIZERS
 from improved_diffusion.resample import stratified_quantiles, timestep_distribution
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.own_errors import OwnErrors
 
 Items = Mapping[str, Tensor]
 
@@ -83,6 +84,7 @@ class TrainStep:
         self.ddp = dist_util.wrap_ddp(self.network)
         trained = compile_network(self.ddp) if config.compile else self.ddp
         self.denoiser = Denoiser(trained, diffusion, autocast=self._autocast)
+        self.own_errors = OwnErrors(self.network, diffusion, config, autocast=self._autocast)
         self.emas = {rate: self._copies() for rate in config.ema_rates}
         make_optimizer = OPTIMIZERS.made(config.optimizer, config.optimizer_options)
         self.optimizer = make_optimizer(self.network, config)
@@ -107,7 +109,7 @@ class TrainStep:
         t, weights = self._draw_timesteps(generator)
         self.position += config.batch_size * dist_util.world_size()
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self.batch(items)
+        batch = self.own_errors(self.batch(items), self.position)
         terms = self._backward(batch, t.to(self.device), weights.to(self.device))
         norm = self._grad_norm()
         self._clip_grad(norm)
