@@ -7,7 +7,7 @@ that consumes an option reads it from the dataclass.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from improved_diffusion.registry import (
@@ -15,6 +15,7 @@ from improved_diffusion.registry import (
     LOSS_WEIGHTINGS,
     MASK_DISTRIBUTIONS,
     NETWORKS,
+    OPTIMIZERS,
     PREDICTIONS,
     TIMESTEP_DISTRIBUTIONS,
     Registry,
@@ -152,7 +153,7 @@ def check_choices(config: Any) -> None:
     for item in fields(config):
         choices, value = item.metadata.get("choices"), getattr(config, item.name)
         if choices and value != item.default:
-            check_known(item.name, value if isinstance(value, tuple) else [value], choices)
+            check_known(item.name, value if isinstance(value, (tuple, list)) else [value], choices)
 
 
 def check_known(flag: str, values: Iterable[Any], known: Collection[Any]) -> None:
@@ -171,9 +172,33 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def defaults(*groups: type) -> dict[str, Any]:
-    """{option: default} of option groups, in order; options without a default are left out."""
-    items: list[Field[Any]] = [item for group in groups for item in fields(group)]
-    return {item.name: item.default for item in items if item.default is not MISSING}
+    """{option: default} of option groups, in order, with those of all things that own some.
+
+    Options without a default are left out.
+    """
+    found: dict[str, Any] = {}
+    for item in (item for group in groups for item in fields(group)):
+        if "owned_by" in item.metadata:
+            found |= defaults(*option_groups(item.metadata["owned_by"]))
+        elif item.default is not MISSING:
+            found[item.name] = item.default
+    return found
+
+
+def flat_options(*configs: Any) -> dict[str, Any]:
+    """{option: value} of option dataclasses, in order, as files hold them and `from_options` reads them.
+
+    In the place of a field of `owned_options` stand the options of the things that are chosen.
+    """
+    flat: dict[str, Any] = {}
+    for config in configs:
+        for item in fields(config):
+            value = getattr(config, item.name)
+            if "owned_by" in item.metadata:
+                flat |= flat_options(*(value if isinstance(value, tuple) else (value,)))
+            else:
+                flat[item.name] = value
+    return flat
 
 
 @dataclass(frozen=True)
@@ -234,9 +259,11 @@ class DiffusionConfig:
     loss_weighting: str = option(
         "none", "how the errors of timesteps are weighted", choices=LOSS_WEIGHTINGS
     )
+    loss_weighting_options: Any = owned_options(LOSS_WEIGHTINGS, chosen_by="loss_weighting")
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         check_positive(self, "diffusion_steps")
         if self.predict_xstart and self.prediction_type != "xstart":
             raise ValueError(
@@ -272,8 +299,10 @@ class TrainConfig:
     microbatch: int = option(-1, "videos per forward and backward pass (-1: batch_size)")
     max_frames: int = option(20, "frames given to the network at once (K)")
     num_workers: int = option(-1, "data loading processes per rank (-1: cores - 1)")
+    optimizer: str = option("adamw", "what turns gradients into updates", choices=OPTIMIZERS)
+    optimizer_options: Any = owned_options(OPTIMIZERS, chosen_by="optimizer")
     lr: float = option(1e-4, "learning rate of AdamW")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
+    weight_decay: float = option(0.0, "decoupled weight decay of all parameters")
     lr_anneal_steps: int = option(
         0, "anneal the rate linearly to 0 over so many steps, then stop (0: never)"
     )
@@ -285,9 +314,14 @@ class TrainConfig:
     schedule_sampler: str = option(
         "uniform", "how timesteps are drawn", choices=TIMESTEP_DISTRIBUTIONS
     )
+    timestep_options: Any = owned_options(TIMESTEP_DISTRIBUTIONS, chosen_by="schedule_sampler")
+    stratified_timesteps: bool = option(
+        False, "spread the timesteps of each update evenly over their distribution, over all ranks"
+    )
     mask_distribution: str = option(
         "published", "how observed and latent frames are drawn", choices=MASK_DISTRIBUTIONS
     )
+    mask_options: Any = owned_options(MASK_DISTRIBUTIONS, chosen_by="mask_distribution")
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights", nargs="+")
     ema_warmup: bool = option(False, "use the rate min(rate, (1+n)/(10+n)) at step n")
     log_interval: int = option(10, "steps between log lines")
@@ -312,6 +346,9 @@ class TrainConfig:
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
     compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    resample_observed: float = option(
+        0.0, "share of items whose observed frames are the network's own denoising of them"
+    )
     pad_with_random_frames: bool = option(
         True, "fill up with frames of another video, which count in the loss (False: with nothing)"
     )
@@ -319,12 +356,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        fill_options(self)
         positive = ("batch_size", "max_frames", "log_interval", "save_interval")
         check_positive(self, *positive, "sample_steps", "valid_videos")
         not_negative = ("lr", "lr_anneal_steps", "lr_warmup_steps", "grad_clip", "max_steps")
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.resample_observed <= 1:
+            raise ValueError(f"--resample_observed {self.resample_observed}: must be from 0 to 1")
         if self.use_fp16 and self.precision == "bf16":
             raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
         if self.resume_id and self.resume_checkpoint:

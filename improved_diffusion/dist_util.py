@@ -367,19 +367,6 @@ def cleanup() -> None:
     _world.__dict__.update(_World().__dict__)
 
 
-@contextlib.contextmanager
-def memory_errors_named(remedy: str) -> Iterator[None]:
-    """Turn running out of memory, the GPU's or the machine's, into one line with a remedy."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        kind = "GPU" if isinstance(error, torch.OutOfMemoryError) else "main"
-        first = str(error).strip().partition("\n")[0].partition(". GPU")[0]
-        raise ValueError(f"out of {kind} memory ({first}): try {remedy}") from None
-
-
 def abort(code: int) -> NoReturn:
     """End this process, and under MPI all ranks, at once: the others may be waiting for this one.
 

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from improved_diffusion.nn import update_ema as update_ema  # its published place
+from improved_diffusion.nn import update_ema as update_ema  # its place in 0.1.0
 
 
 def autocast(

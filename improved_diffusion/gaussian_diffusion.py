@@ -58,9 +58,9 @@ class GaussianDiffusion:
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError("betas must be a vector of numbers in (0, 1]")
         self.config, self.prediction = config, PREDICTIONS[config.prediction_type]()
-        self.betas = betas
-        self.num_timesteps = len(betas)
+        self.betas, self.num_timesteps = betas, len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
+        self.log_snr = np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)  # falling
         self._tables = self._make_tables()
         self._device_tables: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -79,6 +79,7 @@ class GaussianDiffusion:
             "sqrt_recip_bar": np.sqrt(1 / bar),
             "sqrt_recip_bar_minus_one": np.sqrt(1 / bar - 1),
             "bar": bar,
+            "snr": bar / (1 - bar),
             "bar_prev": bar_prev,
             "posterior_x0": self.betas * np.sqrt(bar_prev) / (1 - bar),
             "posterior_xt": (1 - bar_prev) * np.sqrt(1 - self.betas) / (1 - bar),
@@ -131,8 +132,7 @@ class GaussianDiffusion:
 
     def snr(self, t: Tensor) -> Tensor:
         """The signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps t [B], like t."""
-        bar = self._table("bar", t).flatten()
-        return bar / (1 - bar)
+        return self._table("snr", t).flatten()
 
     def countdown(self, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
         """Timesteps [batch_size] from the last to 0."""
@@ -316,10 +316,14 @@ class GaussianDiffusion:
         The KL divergence of DDPM Eq. 5, or at t = 0 the negative log likelihood of the pixels;
         masked, and averaged over all dimensions of the T frames given.
         """
-        x_start, _, x_t, t = noised
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
+        out = self.distribution(output, noised.x_t, noised.t, clip_denoised=clip_denoised)
+        return self._bound_term(out, noised.x_start, noised.x_t, noised.t, mask)
+
+    def _bound_term(
+        self, out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor, mask: Tensor | None
+    ) -> Tensor:
         mean, log_variance = out["mean"], out["log_variance"]
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
         nats = torch.where((t == 0)[:, None, None, None, None], -likelihood, kl)
@@ -362,10 +366,9 @@ class GaussianDiffusion:
         latent_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """{"output": `bound_term` of the network's output [B], "pred_xstart"}."""
-        output = self.run_model(model, x_t, t, model_kwargs)
-        noised = Noised(x_start, torch.empty(0), x_t, t)
-        bits = self.bound_term(output, noised, latent_mask, clip_denoised=clip_denoised)
-        out = self.distribution(output, x_t, t, clip_denoised=clip_denoised)
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
+        out = self.p_mean_variance(model, x_t, t, **options)
+        bits = self._bound_term(out, x_start, x_t, t, latent_mask)
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     @torch.inference_mode()
@@ -391,10 +394,13 @@ class GaussianDiffusion:
             noised = self.noised(x_start, t, randn(x_start.shape, generator, x_start.device))
             out = self.vb_terms_bpd(model, x_start, noised.x_t, t, **options)
             xstart = out["pred_xstart"]
-            eps = self.predict_eps_from_xstart(noised.x_t, t, xstart)
+            errors = (
+                xstart - x_start,
+                self.predict_eps_from_xstart(noised.x_t, t, xstart) - noised.noise,
+            )
             columns["vb"].append(out["output"])
-            columns["xstart_mse"].append(masked_mean((xstart - x_start) ** 2, latent_mask))
-            columns["mse"].append(masked_mean((eps - noised.noise) ** 2, latent_mask))
+            for name, error in zip(("xstart_mse", "mse"), errors, strict=True):
+                columns[name].append(masked_mean(error**2, latent_mask))
         terms = {name: torch.stack(values[::-1], dim=1) for name, values in columns.items()}
         prior = self.prior_bpd(x_start, latent_mask)
         return terms | {"prior_bpd": prior, "total_bpd": terms["vb"].sum(dim=1) + prior}

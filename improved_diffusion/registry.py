@@ -14,6 +14,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 
+class UnknownName(ValueError, KeyError):
+    """A name that is in no registry: a user's mistake, and for mappings a missing key."""
+
+    __str__ = ValueError.__str__
+
+
 class Registry(MutableMapping[str, Any]):
     """Things of one kind by name, in the order in which they were added.
 
@@ -29,13 +35,18 @@ class Registry(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """The thing of that name. Raises ValueError, naming the flag and its choices, for another."""
         if name not in self._entries:
-            raise ValueError(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
+            raise UnknownName(f"--{self.flag} {name!r} is unknown: choose from {', '.join(self)}")
         thing, help_text = self._entries[name]
         if isinstance(thing, str):
             module, _, attribute = thing.partition(":")
             thing = getattr(importlib.import_module(module), attribute)
             self._entries[name] = thing, help_text
         return thing
+
+    def made(self, name: str, options: Any) -> Any:
+        """The function `name`: the thing itself, or the instance of a class made from its `options`."""
+        thing = self[name]
+        return thing(options) if isinstance(thing, type) else thing
 
     def __setitem__(self, name: str, thing: Any) -> None:
         """Add a thing, or put another in its place.
@@ -111,15 +122,21 @@ PREDICTIONS = Registry(
     {
         "eps": (f"{_HERE}.losses:PredictEps", "the noise"),
         "xstart": (f"{_HERE}.losses:PredictXstart", "the clean frames"),
+        "v": (f"{_HERE}.losses:PredictV", "their mix of equal size at all noise levels"),
     },
 )
 
-# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output.
+# (snr [B], error_scale [B]) -> factors [B] on the squared error of the output; see `made`.
 LOSS_WEIGHTINGS = Registry(
-    "loss_weighting", {"none": (f"{_HERE}.losses:unweighted", "every timestep alike")}
+    "loss_weighting",
+    {
+        "none": (f"{_HERE}.losses:unweighted", "every timestep alike"),
+        "min-snr": (f"{_HERE}.losses:MinSnr", "the clean frames' error as min(SNR, gamma)"),
+        "sigmoid": (f"{_HERE}.losses:Sigmoid", "the noise's error as sigmoid(bias - log SNR)"),
+    },
 )
 
-# A subclass of resample.ScheduleSampler, made from the number of timesteps.
+# A subclass of resample.ScheduleSampler.
 TIMESTEP_DISTRIBUTIONS = Registry(
     "schedule_sampler",
     {
@@ -128,13 +145,29 @@ TIMESTEP_DISTRIBUTIONS = Registry(
             f"{_HERE}.resample:LossSecondMomentSampler",
             "those with large losses more often",
         ),
+        "lognormal": (
+            f"{_HERE}.resample:LogNormalSampler",
+            "log sigma normally distributed; changes the objective",
+        ),
+        "logsnr-uniform": (
+            f"{_HERE}.resample:LogSnrUniformSampler",
+            "all values of log SNR alike; changes the objective",
+        ),
     },
 )
 
-# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item.
+# (T, max_frames, numpy Generator) -> (observed frames, latent frames) of a training item; see `made`.
 MASK_DISTRIBUTIONS = Registry(
     "mask_distribution",
-    {"published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them")},
+    {
+        "published": (f"{_HERE}.data.frame_masks:draw_frames", "as the published code draws them"),
+        "filled": (f"{_HERE}.data.frame_masks:Filled", "the same groups, but every item is full"),
+        "queries": (
+            f"{_HERE}.data.query_masks:Queries",
+            "inference steps of all strategies, at random sizes",
+        ),
+        "mixed": (f"{_HERE}.data.query_masks:Mixed", "some of each of these three"),
+    },
 )
 
 # (denoiser, batch, *, generator, noise, eta) -> frames, see sampling/samplers.py.
@@ -241,4 +274,16 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 FEATURES = Registry(
     "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+)
+
+# (network, TrainConfig) -> torch.optim.Optimizer, see training/optimizers.py and `made`.
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": (f"{_HERE}.training.optimizers:AdamW", "AdamW for all parameters"),
+        "muon": (
+            f"{_HERE}.training.optimizers:Muon",
+            "Muon for the matrices of hidden layers, AdamW for the rest (needs torch 2.9)",
+        ),
+    },
 )

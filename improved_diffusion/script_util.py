@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -183,18 +184,24 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     machine.keep_freed_memory()
     try:
         main()
-    except USER_ERRORS as error:
-        print(
-            f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}",
-            file=sys.stderr,
-        )
-        dist_util.abort(1)
-    except (Exception, KeyboardInterrupt):
-        import traceback
+    except (Exception, KeyboardInterrupt) as error:
+        told = _one_line(error)
+        if told:
+            print(f"{os.path.basename(sys.argv[0])}: error: {told}", file=sys.stderr)
+        else:
+            import traceback
 
-        traceback.print_exc()
+            traceback.print_exc()
         dist_util.abort(1)
     sys.exit(0)
+
+
+def _one_line(error: BaseException) -> str:
+    """What a user can do something about, in one line; nothing for a defect."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        first = str(error).partition(". GPU")[0].partition("\n")[0]
+        return f"out of memory ({first or 'the machine has no more'}): try a smaller --batch_size"
+    return " ".join(str(error).split()) if isinstance(error, USER_ERRORS) else ""
 
 
 # ---------------------------------------------------------------- published names
@@ -226,3 +233,12 @@ def load_model(path: str, device: str = "cpu") -> TrainedModel:
     model = TrainedModel.load(path, device)
     model.network  # noqa: B018  built now, so that weights that do not fit are told here
     return model
+
+
+def __getattr__(name: str) -> Any:
+    """Names that earlier versions had here."""
+    moved = {"create_model": "sampling.trained_model", "create_diffusion": "sampling.trained_model"}
+    moved["create_train_loop"] = "training.start"
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"improved_diffusion.{moved[name]}"), name)

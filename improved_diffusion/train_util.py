@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -15,19 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import TrainConfig
 from improved_diffusion.data import checkpoints, machine, paths, video_io
-from improved_diffusion.data.dataset_files import dataset_spec
-from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
-from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset
+from improved_diffusion.data.video_datasets import TrainDataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.logger import RunLogger
-from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
 from improved_diffusion.training import signals, validation
-from improved_diffusion.training.runs import Run, open_run, record_run, resume_command
-from improved_diffusion.training.train_data import held_out_items, train_loader
+from improved_diffusion.training.runs import Run, resume_command
+from improved_diffusion.training.train_data import train_loader
 from improved_diffusion.training.train_step import TrainStep, Update
 
 logger = logging.getLogger(__name__)
@@ -249,6 +245,8 @@ class TrainLoop:
             for t, value, weight in zip(update.timesteps, values, update.weights, strict=True):
                 self.log.add(name, value * weight)
                 self.log.add(f"{name}_q{4 * t // timesteps}", value * weight)
+        for quarter, error in self.train_step.clean_errors(update):
+            self.log.add(f"xstart_mse_snr_q{quarter}", error)
         self.log.add("grad_norm", update.grad_norm)
         self.log.add("lr", self.train_step.optimizer.param_groups[0]["lr"])
         if self.train_step.loss_scale is not None:
@@ -338,55 +336,3 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
         raise ValueError(f"{source}: weights of another network: {first}") from None
-
-
-# ---------------------------------------------------------------- from options
-
-
-def resolve_train_options(
-    train: TrainConfig, data: DataConfig, model: ModelConfig
-) -> tuple[TrainConfig, ModelConfig, DatasetSpec]:
-    """The options with T and image_size as the data set has them, and the data set.
-
-    Raises ValueError or FileNotFoundError for an unknown or missing data set.
-    """
-    sizes = image_sizes(model.network)
-    spec = dataset_spec(train.dataset, image_size=model.image_size, image_sizes=sizes, **vars(data))
-    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
-    return train, dataclasses.replace(model, image_size=spec.image_size), spec
-
-
-def create_train_loop(
-    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
-) -> TrainLoop:
-    """The training loop of these options, at the start or where its run was left.
-
-    All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
-    """
-    train, model, spec = resolve_train_options(train, data, model)
-    items = get_train_dataset(
-        spec,
-        T=train.T,
-        max_frames=train.max_frames,
-        seed=train.seed,
-        pad_with_random_frames=train.pad_with_random_frames,
-        mask_distribution=train.mask_distribution,
-        cache_dir=data.cache_dir,
-    )
-    valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
-    stored = {**vars(train), **vars(data), **vars(model), **vars(diffusion)}
-    process = create_diffusion(diffusion)
-    sample_steps = str(min(train.sample_steps, process.num_timesteps))
-    sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
-    torch.manual_seed(train.seed)
-    network = create_model(model)
-    run = open_run(train, stored)
-    record_run(run, stored)
-    return TrainLoop(
-        network,
-        process,
-        items,
-        train,
-        run=run,
-        measures=Measures(create_diffusion(sample_process), valid_items),
-    )

@@ -9,7 +9,6 @@ if __name__ == "__main__":
     signals.watch()  # before all else, which takes its time to be imported
 
 import argparse
-import json
 import sys
 
 from improved_diffusion.config import (
@@ -55,25 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
 
     from improved_diffusion import dist_util
-    from improved_diffusion.train_util import create_train_loop, resolve_train_options
-    from improved_diffusion.training import run_lock
-    from improved_diffusion.training.runs import describe_run
+    from improved_diffusion.training.start import dry_run, train_run
 
     dist_util.setup_dist()
-    interrupted = False
-    if args.dry_run:
-        train, model, _ = resolve_train_options(train, data, model)
-        description = describe_run({**vars(train), **vars(data), **vars(model), **vars(diffusion)})
-        if dist_util.is_main():
-            print(json.dumps(description, indent=2))
-    else:
-        try:
-            with dist_util.memory_errors_named("a lower --batch_size or --microbatch"):
-                interrupted = create_train_loop(train, data, model, diffusion).run_loop()
-        except signals.Interrupted:
-            interrupted = True
-        finally:
-            run_lock.release_all()
+    work = dry_run if args.dry_run else train_run
+    interrupted = work(train, data, model, diffusion)
     dist_util.cleanup()
     signals.end(signals.EXIT_INTERRUPTED if interrupted else 0)
     if interrupted:

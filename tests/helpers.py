@@ -13,7 +13,7 @@ import torch
 from golden_fill import weights
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from improved_diffusion.train_util import create_train_loop
+from improved_diffusion.training.start import create_train_loop
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,7 +19,7 @@ def test_training_killed_20_times_equals_an_undisturbed_run(tmp_path, latest_onl
         kills=10,
         seed=int(latest_only),
         ranks=1,
-        max_steps=60,
+        max_steps=16,
         save_latest_only=latest_only,
     )
 

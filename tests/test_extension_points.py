@@ -16,8 +16,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text
 # By the registry that the last line adds to.
 EXAMPLES = {code.splitlines()[-1].partition("[")[0]: code for code in BLOCKS}
 KINDS = (
-    "NETWORKS PREDICTIONS LOSS_WEIGHTINGS TIMESTEP_DISTRIBUTIONS MASK_DISTRIBUTIONS SAMPLERS "
-    "inference_strategies DATASETS FRAME_METRICS FEATURES VIDEO_METRICS"
+    "NETWORKS PREDICTIONS LOSS_WEIGHTINGS TIMESTEP_DISTRIBUTIONS OPTIMIZERS MASK_DISTRIBUTIONS "
+    "SAMPLERS inference_strategies DATASETS FRAME_METRICS FEATURES VIDEO_METRICS"
 ).split()
 TRAIN = (
     "--max_frames 4 --batch_size 2 --num_workers 0 --max_steps 2 --sample_interval 0 --resume_id toy "
@@ -145,6 +145,14 @@ def test_a_distribution_of_timesteps(capsys):
     assert train("--schedule_sampler", "late")["schedule_sampler"] == "late"
     late = registry.TIMESTEP_DISTRIBUTIONS["late"](3)
     assert late.probabilities().tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+
+
+def test_an_optimiser(capsys):
+    add("OPTIMIZERS")
+    assert offered("video_train.py", "sgd", "plain gradient descent.", capsys)
+    assert train("--optimizer", "sgd", "--lr", "0.5")["optimizer"] == "sgd"
+    (group,) = torch.load("checkpoints/toy/opt_latest.pt")["optimizer"]["param_groups"]
+    assert group["lr"] == 0.5 and "betas" not in group
 
 
 def test_a_distribution_of_masks(capsys, monkeypatch):

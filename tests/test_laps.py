@@ -8,10 +8,10 @@ from improved_diffusion.evaluation.laps import (
     measure_laps,
     predictions,
 )
-from improved_diffusion.evaluation.metrics import METRICS
+from improved_diffusion.registry import FRAME_METRICS
 
 T, OBS, PERIODS = 24, 6, (5, 6)
-NUMPY_METRICS = {name: METRICS[name] for name in ("psnr", "ssim")}
+NUMPY_METRICS = {name: FRAME_METRICS[name]() for name in ("psnr", "ssim")}
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_a_lap_that_is_not_complete_has_no_mean():
 
 def test_decibels_are_averaged_as_squared_errors():
     values = np.array([np.inf, 10.0, 20, 20, 20, 20])
-    means = mean_by_lap(values, np.array([2, 2, 3, 3, 4, 4]), 2, is_psnr=True)
+    means = mean_by_lap(values, np.array([2, 2, 3, 3, 4, 4]), 2, decibels=True)
     np.testing.assert_allclose(means, [10 + 10 * np.log10(2), 20, 20])
 
 
 def test_perfect_memory_is_perfect(truth):
     for metric, best in (("psnr", np.inf), ("ssim", 1.0)):
         table = measure_laps(
-            truth, truth, PERIODS, obs_length=OBS, metrics={metric: METRICS[metric]}
+            truth, truth, PERIODS, obs_length=OBS, metrics={metric: NUMPY_METRICS[metric]}
         )
         for name in ("samples", "own last lap", "one period earlier"):
             np.testing.assert_array_equal(table[name][metric], np.full((2, 3), best))

@@ -1,13 +1,19 @@
 """Timestep samplers: their distributions, and the weights that undo them."""
 
+import numpy as np
 import pytest
 import torch
 
+from improved_diffusion.config import DiffusionConfig, TrainConfig, from_options
+from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.resample import (
     LossSecondMomentSampler,
     ScheduleSampler,
     create_schedule_sampler,
+    stratified_quantiles,
+    timestep_distribution,
 )
+from improved_diffusion.respace import SpacedDiffusion
 
 
 def generator(seed=0):
@@ -75,3 +81,117 @@ def test_state_round_trip_draws_the_same():
 def test_state_of_another_sampler_is_refused():
     with pytest.raises(ValueError, match="another --schedule_sampler"):
         LossSecondMomentSampler(4).load_state_dict(ScheduleSampler(4).state_dict())
+
+
+# ---------------------------------------------------------------- over noise levels
+
+
+def log_sigmas(**options):
+    """log sigma of each timestep of a process, from its definition."""
+    bar = SpacedDiffusion(DiffusionConfig(**options)).alphas_cumprod
+    return np.log(np.sqrt((1 - bar) / bar))
+
+
+def distribution(name, diffusion=None, **options):
+    """The distribution as training makes it of its options."""
+    train = from_options(TrainConfig, {"dataset": "x", "schedule_sampler": name, **options})
+    return timestep_distribution(train, SpacedDiffusion(DiffusionConfig(**(diffusion or {}))))
+
+
+def quantiles(batch_size, rank=0, world_size=1, seed=0):
+    shared, own = make_generator(seed, 99), make_generator(seed, rank)
+    return stratified_quantiles(batch_size, rank, world_size, shared=shared, own=own)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_lognormal_draws_the_nearest_timestep_of_normal_levels(schedule, stratified):
+    """Shares of 20 parts of the chain, against normal numbers rounded to the nearest timestep."""
+    sampler = distribution(
+        "lognormal", diffusion={"noise_schedule": schedule}, log_sigma_mean=0.5, log_sigma_std=1.6
+    )
+    levels = log_sigmas(noise_schedule=schedule)
+    drawn = 0.5 + 1.6 * np.random.default_rng(3).standard_normal(400_000)
+    right = np.searchsorted(levels, drawn).clip(1, 999)
+    nearest = right - (drawn - levels[right - 1] < levels[right] - drawn)
+    expected = np.bincount(nearest // 50, minlength=20) / len(drawn)
+    n = 20_000
+    t, weights = sampler.sample(n, generator(), quantiles=quantiles(n) if stratified else None)
+    shares = np.bincount(t // 50, minlength=20) / n
+    # Five standard deviations of a binomial share; strata leave at most one draw at either edge.
+    spread = np.sqrt(expected * (1 - expected))
+    bound = (
+        5 * spread / np.sqrt(len(drawn)) + (2 if stratified else 5 * spread * np.sqrt(n) + 1) / n
+    )
+    assert (np.abs(shares - expected) < bound).all()
+    assert (weights == 1).all() and sampler.probabilities().sum() == pytest.approx(1)
+
+
+def test_logsnr_uniform_fills_equal_ranges_alike():
+    sampler = distribution("logsnr-uniform", log_snr_min=-6.0, log_snr_max=4.0)
+    n = 20_000
+    t, weights = sampler.sample(n, generator())
+    drawn = -2 * log_sigmas()[t.numpy()]
+    # A timestep's bin reaches half a step beyond the range.
+    assert -6.1 < drawn.min() and drawn.max() < 4.1
+    shares = np.histogram(drawn, bins=np.linspace(-6, 4, 11))[0] / n
+    assert (np.abs(shares - 0.1) < 5 * np.sqrt(0.09 / n) + 0.003).all()
+    assert (weights == 1).all()
+
+
+def test_logsnr_uniform_ends_where_the_process_does():
+    p = distribution("logsnr-uniform", log_snr_min=-99.0, log_snr_max=99.0).probabilities().numpy()
+    levels = -2 * log_sigmas()
+    middle = (levels[:-2] - levels[2:]) / 2 / (levels[0] - levels[-1])
+    np.testing.assert_allclose(p[1:-1], middle, rtol=1e-9)
+    assert p.sum() == pytest.approx(1) and p.min() > 0
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("lognormal", {"log_sigma_std": 0.0}, "--log_sigma_std 0.0: must be above 0"),
+    ("lognormal", {"log_sigma_mean": float("inf")}, "--log_sigma_mean inf: must be finite"),
+    ("lognormal", {"log_sigma_mean": 9.0}, "--log_sigma_mean 9.0: must lie .* between -4.61 and 5"),
+    ("logsnr-uniform", {"log_snr_min": 2.0, "log_snr_max": 1.0}, "--log_snr_min 2.0 must be below"),
+    ("logsnr-uniform", {"log_snr_min": 20.0, "log_snr_max": 30.0}, "the noise schedule has none"),
+    ("log-normal", {}, "--schedule_sampler 'log-normal' is unknown: choose from uniform, loss-"),
+    ("lognormal", {"diffusion": {"use_kl": True}}, "--use_kl True and --schedule_sampler lognormal"),
+])  # fmt: skip
+def test_distributions_that_cannot_be_are_refused_in_one_line(name, options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        distribution(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- strata
+
+
+@pytest.mark.parametrize("ranks, batch_size", [(1, 8), (3, 4)])
+def test_all_ranks_together_take_one_quantile_of_each_stratum(ranks, batch_size):
+    total = ranks * batch_size
+    drawn = [quantiles(batch_size, rank, ranks) for rank in range(ranks)]
+    strata = torch.cat(drawn).mul(total).floor().long()
+    assert sorted(strata.tolist()) == list(range(total))
+    assert strata.tolist() != list(range(total))  # a microbatch is no part of the chain
+
+
+def test_a_stratified_draw_by_itself_has_the_distribution():
+    """The first item of rank 1, over many updates; and a distribution that learns from losses."""
+    sampler = warmed_up()
+    n = 4000
+    firsts = torch.cat([quantiles(3, 1, 2, seed)[:1] for seed in range(n)])
+    t, weights = sampler.sample(n, generator(), quantiles=firsts)
+    p = sampler.probabilities()
+    shares = torch.bincount(t, minlength=4) / n
+    assert ((shares - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+    torch.testing.assert_close(weights, (1 / (4 * p[t])).float())
+
+
+def test_quantiles_reach_every_timestep_and_none_that_has_no_probability():
+    class Middle(ScheduleSampler):
+        def probabilities(self):
+            return torch.tensor([0.0, 0.5, 0.5, 0.0], dtype=torch.float64)
+
+    ends = torch.tensor([0.0, 0.4999, 0.5, 1.0], dtype=torch.float64)
+    assert Middle(4).sample(4, generator(), quantiles=ends)[0].tolist() == [1, 1, 2, 2]
+    even = ScheduleSampler(100).sample(100, generator(), quantiles=quantiles(100))[0]
+    assert sorted(even.tolist()) == list(range(100))

@@ -60,7 +60,7 @@ def test_a_signal_at_the_first_line_says_to_start_again(tmp_path, number):
 def test_a_signal_at_any_moment_gives_75_or_0_and_loses_nothing(tmp_path):
     make_videos(tmp_path / "videos")
     options = {"save_interval": 1, "keep_checkpoints": 1}
-    train(tmp_path, *flags("videos", resume_id="unbroken", **options, max_steps=60))
+    train(tmp_path, *flags("videos", resume_id="unbroken", **options, max_steps=14))
     rng, codes = random.Random(0), []
     lasts = listened_s(tmp_path, **options, max_steps=2)
     for moment in range(24):
@@ -73,7 +73,7 @@ def test_a_signal_at_any_moment_gives_75_or_0_and_loses_nothing(tmp_path):
         assert process.returncode in (0, signals.EXIT_INTERRUPTED), said
         assert "Traceback" not in said
     print("exit codes:", codes)
-    done = train(tmp_path, *flags("videos", resume_id="run", **options, max_steps=60))
+    done = train(tmp_path, *flags("videos", resume_id="run", **options, max_steps=14))
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "checkpoints"
     assert_same_run(runs / "run", runs / "unbroken")

@@ -106,6 +106,20 @@ def test_a_mistake_ends_the_command_without_a_traceback(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_running_out_of_gpu_memory_is_one_line(tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import torch\n"
+        "from improved_diffusion.script_util import run_main\n"
+        "def main():\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has')\n"
+        "run_main(main)\n"
+    )
+    done = train(tmp_path, script=str(script))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "Tried to allocate 9 GiB): try a smaller --batch_size" in done.stderr
+
+
 def test_help_explains_signals_and_exit_codes(tmp_path):
     done = train(tmp_path, "--help")
     assert done.returncode == 0
@@ -249,7 +263,8 @@ def test_padding_counts_in_the_loss_only_where_it_is_another_videos(videos, pad,
     def losses(batch, t, noise, *, mask):
         seen.update(x=batch.frames, loss=mask, eval=batch.latent_mask)
         weights = loop.train_step.network.parameters()
-        return {"loss": sum(param.sum() for param in weights) * torch.ones(len(t))}
+        loss = sum(param.sum() for param in weights) * torch.ones(len(t))
+        return {"loss": loss, "eval-mse": loss}
 
     monkeypatch.setattr(loop.train_step.denoiser, "losses", losses)
     mask = {
@@ -285,7 +300,7 @@ def test_the_average_follows_its_formula():
 
 def test_the_rate_warms_up_then_anneals():
     config = TrainConfig(dataset="x", lr=1.0, lr_warmup_steps=4, lr_anneal_steps=10)
-    rates = [learning_rate(config, step) for step in (0, 1, 3, 5, 9)]
+    rates = [learning_rate(config, step, config.lr) for step in (0, 1, 3, 5, 9)]
     assert rates == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.5, 0.1])
 
 

@@ -175,6 +175,29 @@ def test_resume_equals_an_unbroken_run_for_ranks_workers_samplers_and_microbatch
 
 
 @pytest.mark.slow
+def test_two_ranks_resume_exactly_with_the_options_of_the_objective_and_muon(videos, tmp_path):
+    body = """
+        options = sys.argv[1:]
+        for run_id, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+            sys.argv[1:] = [*options, f"--resume_id={run_id}", f"--max_steps={steps}"]
+            video_train.main()
+        sys.exit()
+    """
+    options = {
+        "prediction": "v",
+        "loss_weighting": "sigmoid",
+        "schedule_sampler": "lognormal",
+        "stratified_timesteps": True,
+        "optimizer": "muon",
+        "microbatch": 1,
+        "save_interval": 100,
+    }
+    done = train(tmp_path, *flags(videos, **options), ranks=2, script=rank_script(tmp_path, body))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(*(tmp_path / "checkpoints" / name for name in ("whole", "parts")))
+
+
+@pytest.mark.slow
 def test_every_launcher_gives_the_same_run(videos, tmp_path):
     options = flags(videos, max_steps=2, save_interval=100)
     srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "4712"}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from improved_diffusion import train_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig, flat_options
 from improved_diffusion.data import checkpoints
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.video_datasets import get_train_dataset
@@ -49,12 +49,17 @@ def make_videos(folder: Path, num_videos: int = 5) -> str:
     return str(folder)
 
 
-def make_loop(dataset: str, model_options: dict | None = None, **options) -> train_util.TrainLoop:
+def make_loop(
+    dataset: str,
+    model_options: dict | None = None,
+    diffusion_options: dict | None = None,
+    **options,
+) -> train_util.TrainLoop:
     """The loop of the command's options, in this process."""
     train = TrainConfig(dataset=dataset, **{**TRAIN, **options})
     model_config = ModelConfig(image_size=32, **{**MODEL, **(model_options or {})})
-    diffusion_config = DiffusionConfig(diffusion_steps=40)
-    stored = {**vars(train), **vars(model_config), **vars(diffusion_config)}
+    diffusion_config = DiffusionConfig(**{"diffusion_steps": 40, **(diffusion_options or {})})
+    stored = flat_options(train, model_config, diffusion_config)
     data = get_train_dataset(
         dataset,
         T=train.T,
@@ -62,6 +67,8 @@ def make_loop(dataset: str, model_options: dict | None = None, **options) -> tra
         seed=train.seed,
         image_size=32,
         pad_with_random_frames=train.pad_with_random_frames,
+        mask_distribution=train.mask_distribution,
+        mask_options=train.mask_options,
     )
     torch.manual_seed(train.seed)
     valid_data = None

@@ -141,7 +141,7 @@ def load_newest(folder: str) -> RunState | None:
     of a run but no whole set: starting over would overwrite them.
     """
     problem = "no model_*.pt with its opt_*.pt"
-    for found in sorted(_complete_sets(folder), key=lambda found: -found.step):
+    for found in sorted(_complete_sets(folder), key=lambda s: (-s.step, s.suffix is None)):
         try:
             return load_set(found)
         except (ValueError, FileNotFoundError) as error:
@@ -171,8 +171,9 @@ def load_set(found: SavedSet) -> RunState:
     """
     model = _weights(found.path("model"), in_file=True)
     opt_state = _read(found.path("opt"), in_file=True)
-    _require_step(found.path("model"), model.step, found.step)
-    _require_step(found.path("opt"), opt_state.get("step"), found.step)
+    for kind, step in (("model", model.step), ("opt", opt_state.get("step", found.step))):
+        if step != found.step:
+            raise ValueError(f"{found.path(kind)}: holds step {step}, not {found.step}")
     emas = {}
     for rate in (name.ema_rate for _, name in _names(found.folder) if name.step == found.suffix):
         if rate is None:
@@ -184,11 +185,6 @@ def load_set(found: SavedSet) -> RunState:
         else:
             logger.warning("%s is of step %d, not of %d: left out", path, weights.step, found.step)
     return RunState(found, found.step, model.config, model.state_dict, emas, opt_state)
-
-
-def _require_step(path: str, stored: object, step: int) -> None:
-    if stored is not None and stored != step:
-        raise ValueError(f"{path}: holds step {stored}, not {step}")
 
 
 def _names(folder: str) -> list[tuple[str, paths.CheckpointName]]:
@@ -219,7 +215,7 @@ def _complete_sets(folder: str) -> list[SavedSet]:
     sets = [SavedSet(folder, suffix, suffix) for suffix in complete if suffix is not None]
     if None in complete:
         newest = _latest_step(folder)
-        if newest is not None and newest not in complete:
+        if newest is not None:
             sets.append(SavedSet(folder, newest, None))
     return sets
 
@@ -249,13 +245,9 @@ def _latest_step(folder: str) -> int | None:
 KEPT, PASSING, GOING = "begun", "passing", "going"
 
 
-def _mark_path(folder: str, step: int, what: str) -> str:
-    return f"{folder}/.{os.path.basename(paths.checkpoint_path('', 'opt', step))}.{what}.tmp"
-
-
 @contextlib.contextmanager
 def _marked(folder: str, step: int, what: str) -> Iterator[None]:
-    path = _mark_path(folder, step, what)
+    path = f"{folder}/.{paths.checkpoint_path('', 'opt', step)[1:]}.{what}.tmp"
     try:
         with paths.atomic_write(path):
             pass
@@ -332,7 +324,7 @@ def save_run(
         _publish(folder, step, latest_only=latest_only)
     logger.info("saved %s", paths.checkpoint_path(folder, "model", None if latest_only else step))
     if keep and not latest_only:
-        numbered = sorted(found.suffix or 0 for found in _complete_sets(folder))
+        numbered = sorted(s.step for s in _complete_sets(folder) if s.suffix is not None)
         for old in [number for number in numbered if number <= step][:-keep]:
             with _marked(folder, old, GOING):
                 _remove_set(folder, old)
@@ -340,14 +332,14 @@ def save_run(
 
 def _publish(folder: str, step: int, *, latest_only: bool) -> None:
     """Point `*_latest.pt` at the set of `step`, which loses its number with `latest_only`."""
-    remote = paths.is_remote(folder)
-    if remote and paths.exists(f"{folder}/{MARKER}"):
-        paths.remove(f"{folder}/{MARKER}")  # until all of them are of one step again
+    marker = f"{folder}/{MARKER}" if paths.is_remote(folder) else ""
+    if marker and paths.exists(marker):
+        paths.remove(marker)  # until all of them are of one step again
     for kind in _kinds(folder, step):
         _link(paths.checkpoint_path(folder, kind, step), paths.checkpoint_path(folder, kind, None))
-    if remote:
-        with paths.atomic_write(f"{folder}/{MARKER}") as marker:
-            marker.write(json.dumps({"step": step}).encode())
+    if marker:
+        with paths.atomic_write(marker) as file:
+            file.write(json.dumps({"step": step}).encode())
     if latest_only:
         _remove_set(folder, step)
 

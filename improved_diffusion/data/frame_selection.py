@@ -78,20 +78,19 @@ def farthest_points(
 def moment_distances(embeddings: np.ndarray, window: int) -> np.ndarray:
     """How different each frame's moment looks from the last frame's, float64 [N].
 
-    The moment of frame t is the `window` frames up to t; two of them differ by the mean of the squared
-    Euclidean distances of their frames, in order. Infinite where the video is too short for one.
+    The moment of frame t is the `window` frames up to t, or as many as the video has; two of them differ
+    by the mean of the squared Euclidean distances of their frames, last with last and so on.
 
     Args:
         embeddings: [N, d] of frames 0 to N-1.
     """
     count = len(embeddings)
-    if count < window:
-        return np.full(count, np.inf)
-    total = np.zeros(count - window + 1)
-    for back in range(window):
-        difference = embeddings[window - 1 - back : count - back] - embeddings[count - 1 - back]
-        total += np.einsum("nd,nd->n", difference, difference)
-    return np.concatenate([np.full(window - 1, np.inf), total / window])
+    total, frames = np.zeros(count), np.zeros(count)
+    for back in range(min(window, count)):
+        difference = embeddings[: count - back] - embeddings[count - 1 - back]
+        total[back:] += np.einsum("nd,nd->n", difference, difference)
+        frames[back:] += 1
+    return total / frames
 
 
 def similar_moments(distances: np.ndarray, gap: int, count: int) -> list[int]:
@@ -103,8 +102,7 @@ def similar_moments(distances: np.ndarray, gap: int, count: int) -> list[int]:
     Args:
         distances: [N] from `moment_distances`.
     """
-    left = np.array(distances, dtype=np.float64)
-    left[max(0, len(left) - gap) :] = np.inf
+    left = distances[: max(0, len(distances) - gap)].astype(np.float64)
     moments: list[int] = []
     while len(moments) < count and np.isfinite(left).any():
         moments.append(int(left.argmin()))

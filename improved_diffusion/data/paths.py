@@ -260,10 +260,7 @@ def results_dir(checkpoint: str, step: int, sampler_suffix: str = "") -> Path:
 
 def inference_mode_str(
     mode: str,
-    max_frames: int,
-    step_size: int,
-    video_length: int,
-    obs_length: int,
+    sizes: tuple[int, int, int, int],
     *,
     optimal: bool = False,
     prefix: str = "",
@@ -271,12 +268,10 @@ def inference_mode_str(
 ) -> str:
     """`[<prefix>]<mode>[<options>][_optimal]_<max_frames>_<step_size>_<T>_<obs_length>`.
 
-    options: the strategy's own, as its `folder_suffix` names them.
+    sizes: those four. options: the strategy's own, as its `folder_suffix` names them.
     """
-    optimal_str = "_optimal" if optimal else ""
-    return (
-        f"{prefix}{mode}{options}{optimal_str}_{max_frames}_{step_size}_{video_length}_{obs_length}"
-    )
+    words = (f"{prefix}{mode}{options}", *(("optimal",) if optimal else ()), *map(str, sizes))
+    return "_".join(words)
 
 
 def sample_name(video: int, sample: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from improved_diffusion.data.dataset_files import (
     require_length,
 )
 from improved_diffusion.data.dataset_specs import DatasetSpec
-from improved_diffusion.registry import DATASETS, MASK_DISTRIBUTIONS
+from improved_diffusion.data.frame_masks import create_mask_distribution
+from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +61,14 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         pad_with_random_frames: bool,
         mask_distribution: str = "published",
+        mask_options: Any = None,
     ) -> None:
         self.files = files
         self.T = T
         self.max_frames = max_frames
         self.seed = seed
         self.pad_with_random_frames = pad_with_random_frames
-        self.draw_frames = MASK_DISTRIBUTIONS[mask_distribution]
+        self.draw_frames = create_mask_distribution(mask_distribution, mask_options)
         self._faults: set[str] = set()  # what was found by this process and left out
 
     def __len__(self) -> int:
@@ -150,6 +153,7 @@ def get_train_dataset(
     image_size: int | None = None,
     pad_with_random_frames: bool = True,
     mask_distribution: str = "published",
+    mask_options: Any = None,
     cache_dir: str | None = None,
 ) -> TrainDataset:
     """The training items of a data set.
@@ -162,6 +166,7 @@ def get_train_dataset(
         image_size: None: that of the data set.
         pad_with_random_frames: fill items up with frames of another video instead of zeros.
         mask_distribution: a name in MASK_DISTRIBUTIONS.
+        mask_options: its own, as an instance of its `Options` or a mapping (None: their defaults).
         cache_dir: copy files below this folder on first use, and read them there.
 
     The headers of all training videos are looked at, once for all processes.
@@ -180,6 +185,7 @@ def get_train_dataset(
         seed=seed,
         pad_with_random_frames=pad_with_random_frames,
         mask_distribution=mask_distribution,
+        mask_options=mask_options,
     )
 
 

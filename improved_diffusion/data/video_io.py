@@ -18,14 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from improved_diffusion.data.paths import atomic_write
-
-if TYPE_CHECKING:
-    pass
 
 RED = (255, 0, 0)
 

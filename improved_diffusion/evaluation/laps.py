@@ -7,11 +7,11 @@ the first `period` frames after it, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]  # as those of metrics.METRICS
+from improved_diffusion.evaluation.metrics import FrameMetric
 
 LAPS = (2, 3, 4)
 
@@ -31,18 +31,18 @@ def lap_numbers(num_frames: int, obs_length: int, period: int) -> np.ndarray:
 
 
 def mean_by_lap(
-    values: np.ndarray, numbers: np.ndarray, period: int, *, is_psnr: bool = False
+    values: np.ndarray, numbers: np.ndarray, period: int, *, decibels: bool = False
 ) -> np.ndarray:
     """The means of `values` [T] over the frames of each of LAPS; nan where one is not complete.
 
     Decibels are averaged as squared errors: a repeated frame meets its own copy once in every lap, whose
     psnr is inf. numbers: [T] from `lap_numbers`.
     """
-    values = 10 ** (-values / 10) if is_psnr else values
+    values = 10 ** (-values / 10) if decibels else values
     laps = [values[numbers == lap] for lap in LAPS]
     means = np.array([lap.mean() if len(lap) == period else np.nan for lap in laps])
     with np.errstate(divide="ignore"):
-        return -10 * np.log10(means) if is_psnr else means
+        return -10 * np.log10(means) if decibels else means
 
 
 def predictions(
@@ -73,14 +73,14 @@ def measure_laps(
     periods: Sequence[int],
     *,
     obs_length: int,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, FrameMetric],
 ) -> dict[str, dict[str, np.ndarray]]:
     """Every metric of every prediction, by lap.
 
     Args:
         samples, truth: uint8 [N, T, 3, H, W].
         periods: [N] frames of a lap of each video.
-        metrics: {name: function}, some of `metrics.METRICS`.
+        metrics: by name.
 
     Returns:
         {prediction: {metric: float64 [N, len(LAPS)]}}, with the predictions of `predictions`; nan for
@@ -98,9 +98,10 @@ def measure_laps(
     for sample, video, period in zip(samples, truth, periods, strict=True):
         numbers = lap_numbers(len(video), obs_length, period)[obs_length:]
         for name, pair in predictions(sample, video, obs_length, period).items():
-            for metric, function in metrics.items():
-                row = mean_by_lap(function(*pair), numbers, period, is_psnr=metric == "psnr")
-                rows.setdefault(name, {}).setdefault(metric, []).append(row)
+            for metric_name, metric in metrics.items():
+                values = metric.compute(*pair)
+                row = mean_by_lap(values, numbers, period, decibels=metric.unit == "dB")
+                rows.setdefault(name, {}).setdefault(metric_name, []).append(row)
     return {
         name: {metric: np.stack(values) for metric, values in columns.items()}
         for name, columns in rows.items()

@@ -197,13 +197,14 @@ def lpips(
     is loaded once per process. Raises FileNotFoundError without weights, ValueError as `psnr`
     does. Source: Zhang et al. 2018 (arXiv 1801.03924), Eq. 1.
     """
+    from improved_diffusion.data.frame_batch import to_symmetric
     from improved_diffusion.sampling.lpips_util import lpips_distance
 
     _check(samples, truth)
     values = [
         lpips_distance(
-            _symmetric(samples[i : i + LPIPS_CHUNK]),
-            _symmetric(truth[i : i + LPIPS_CHUNK]),
+            to_symmetric(samples[i : i + LPIPS_CHUNK]),
+            to_symmetric(truth[i : i + LPIPS_CHUNK]),
             device=device,
             weights=weights,
         )
@@ -230,11 +231,6 @@ def _unit_range(samples: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.
     """Both as float64 in [0, 1], once they are checked."""
     _check(samples, truth)
     return samples / 255.0, truth / 255.0
-
-
-def _symmetric(frames: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
-    return frames.astype(np.float32) / 127.5 - 1
 
 
 # ---------------------------------------------------------------- of whole videos

@@ -83,7 +83,8 @@ class Denoiser:
         noised = self.diffusion.noised(batch.frames, t, noise)
         output = self.output(noised.x_t, t, batch)
         snr = self.diffusion.snr(t)
-        weighting = LOSS_WEIGHTINGS[self.diffusion.config.loss_weighting]
+        config = self.diffusion.config
+        weighting = LOSS_WEIGHTINGS.made(config.loss_weighting, config.loss_weighting_options)
         return self.diffusion.losses(
             output,
             noised,

@@ -225,10 +225,7 @@ def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) ->
     own = STRATEGIES[options.inference_mode].folder_suffix(options.strategy_options)
     return base / paths.inference_mode_str(
         options.inference_mode,
-        max_frames,
-        options.step_size,
-        T,
-        options.obs_length,
+        (max_frames, options.step_size, T, options.obs_length),
         optimal=options.optimal,
         prefix=prefix,
         options=own,

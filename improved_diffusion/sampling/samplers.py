@@ -7,7 +7,7 @@ latent ones sampled and the others untouched.
     eta: of ddim alone.
 
 ddpm and ddim step through the diffusion process itself; dpmpp2m and heun solve its probability flow
-with fewer network calls.
+with fewer network calls. None of them turns gradients off: call them in torch.inference_mode().
 """
 
 from __future__ import annotations

@@ -46,14 +46,13 @@ class TrainedModel:
         path: the file.
         config: the flat training options that the file holds.
         step: updates done.
-        device: where the network is.
     """
 
     def __init__(
         self, weights: WeightsFile, path: str, device: str = "cpu", *, compile: bool = False
     ) -> None:
         self.path, self.config, self.step = path, weights.config, weights.step
-        self.device = device
+        self._device = device
         self._weights, self._compile = weights.state_dict, compile
 
     @classmethod
@@ -84,8 +83,16 @@ class TrainedModel:
             raise ValueError(
                 f"{self.path}: the weights do not fit the network of its config: {first}"
             ) from None
-        network = network.to(self.device).eval()
+        network = network.to(self._device).eval()
+        self._weights = network.state_dict()  # the file's own copy is not needed any more
         return compile_network(network) if self._compile else network
+
+    @property
+    def device(self) -> str:
+        """Where the network is, or will be."""
+        if "network" in self.__dict__:
+            return str(next(self.network.parameters()).device)
+        return self._device
 
     @functools.cached_property
     def identity(self) -> str:

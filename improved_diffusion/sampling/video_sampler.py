@@ -90,7 +90,9 @@ class VideoSampler:
         batch = FrameBatch.from_uint8(
             videos[where, indices], indices[:1] if shared else indices, num_observed, self.device
         )
-        out = SAMPLERS[self.sampler](self.denoiser, batch, generator=generators, eta=self.eta)
+        # One context for the whole trajectory: half-precision copies of the weights are made once.
+        with self.denoiser.autocast():
+            out = SAMPLERS[self.sampler](self.denoiser, batch, generator=generators, eta=self.eta)
         videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
 
 

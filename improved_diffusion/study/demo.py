@@ -26,7 +26,7 @@ from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
-from improved_diffusion.train_util import create_train_loop
+from improved_diffusion.training.start import create_train_loop
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from improved_diffusion.config import (
     option,
     owned_options,
 )
-from improved_diffusion.registry import FEATURES, METRICS
+from improved_diffusion.registry import FEATURES, METRICS, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,63 @@ class BenchmarkConfig:
         check_positive(self, "batch_size", "max_frames", "repeats")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: must not be negative")
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """The comparison of ways to train (training_comparison.py)."""
+
+    runs: tuple[str, ...] = option(
+        (),
+        'what to compare, each "name: options of video_train.py", --config FILE among them',
+        nargs="+",
+        item_type=str,
+        commas=False,
+    )
+    common: str = option("", "options of video_train.py that all runs share")
+    updates: int = option(1500, "updates of each run")
+    seconds: float = option(
+        0.0, "end each run at the first measurement after so many seconds of training (0: never)"
+    )
+    every: int = option(250, "updates between measurements")
+    queries: int = option(32, "inference steps on test videos to measure on")
+    average: bool = option(
+        False, "measure the first moving average of the weights, not the weights", flag=True
+    )
+    num_videos: int = option(
+        0, "test videos to sample in the end, for scores and drift (0: sample nothing)"
+    )
+    strategies: tuple[str, ...] = option(
+        ("autoreg", "hierarchy-2"),
+        "inference strategies to sample with, of",
+        choices=STRATEGIES,
+        nargs="+",
+        item_type=str,
+    )
+    timesteps: int = option(20, "timesteps of DPM-Solver++ 2M, which samples")
+    modes: tuple[str, ...] = option(
+        ("psnr", "fvd"),
+        "metrics to compute of the samples, of",
+        choices=METRICS,
+        nargs="+",
+        item_type=str,
+    )
+    out: str = option("results/comparison", "folder of all results; runs are named after it, too")
+    device: str = option("", "torch device of measuring and sampling (default: cuda if any)")
+    seed: int = option(0, "seed of the queries and their noise, and of samples")
+    mask_shares: tuple[str, ...] = option(
+        (),
+        "print what the items of each mask distribution are like at these sizes, T x max_frames such "
+        "as 300x20, and train nothing",
+        nargs="+",
+        item_type=str,
+    )
+    draws: int = option(20000, "items of each distribution to draw for --mask_shares")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "updates", "every", "queries", "timesteps", "draws")
+        if self.num_videos < 0 or not self.seconds >= 0:
+            raise ValueError(
+                f"--num_videos {self.num_videos}, --seconds {self.seconds}: must not be negative"
+            )

@@ -151,10 +151,7 @@ def eval_dir(config: StudyConfig, cell: Cell) -> Path:
     strategy = STRATEGIES[cell.strategy]
     name = paths.inference_mode_str(
         cell.strategy,
-        config.max_frames,
-        config.step_size,
-        config.T,
-        config.obs_length,
+        (config.max_frames, config.step_size, config.T, config.obs_length),
         optimal=cell.optimal,
         options=strategy.folder_suffix(strategy.Options()),
     )

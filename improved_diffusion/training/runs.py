@@ -14,14 +14,22 @@ import string
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DiffusionConfig, ModelConfig, TrainConfig
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    defaults,
+    from_options,
+)
 from improved_diffusion.data import checkpoints, paths
+from improved_diffusion.registry import TIMESTEP_DISTRIBUTIONS
 from improved_diffusion.training import run_lock, signals
 
 if TYPE_CHECKING:
@@ -72,10 +80,10 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         stored_config: the flat options that this run's checkpoints will hold.
 
     Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
-    into memory. Raises ValueError where a saved network or diffusion process differs from this
-    run's options or no checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint,
-    OSError where the folder cannot be made or another process has it, signals.Interrupted where a
-    signal came before.
+    into memory. Raises ValueError where a saved network, diffusion process, objective or optimiser
+    differs from this run's options or no checkpoint is whole, FileNotFoundError for a missing
+    --resume_checkpoint, OSError where the folder cannot be made or another process has it,
+    signals.Interrupted where a signal came before.
     """
     signals.leave_if_signalled()
     own = _open_run(config, stored_config) if dist_util.is_main() else None
@@ -130,9 +138,12 @@ def _make_folder(folder: str) -> None:
 
 
 def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) -> None:
-    """Refuse another network or process than the saved one; tell of every other change."""
-    fixed = {item.name for group in (ModelConfig, DiffusionConfig) for item in fields(group)}
-    changed = [k for k in new if k in old and old[k] != new[k] and k not in IDENTITY]
+    """Refuse what `_fixed_options` names, where it differs; tell of every other change."""
+    groups = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
+    # Options that are younger than the run had their defaults in it.
+    old, new = (_with_prediction(defaults(*groups) | dict(options)) for options in (old, new))
+    fixed = _fixed_options(old) | _fixed_options(new)
+    changed = [k for k in new if old[k] != new[k] and k not in IDENTITY]
     for key in changed:
         if key in fixed:
             raise ValueError(
@@ -140,6 +151,21 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) 
                 f"give --{key} {old[key]}"
             )
         logger.info("--%s was %s before, is %s now", key, old[key], new[key])
+
+
+def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with one name for what the network predicts, which has two options."""
+    predicts = from_options(DiffusionConfig, options).prediction_type
+    return options | {"prediction": predicts, "predict_xstart": predicts == "xstart"}
+
+
+def _fixed_options(options: Mapping[str, Any]) -> set[str]:
+    """The options that a run of these keeps to its end: network, process, masks, objective, optimiser."""
+    fixed = {"optimizer", "mask_distribution", *defaults(ModelConfig, DiffusionConfig)}
+    timesteps = TIMESTEP_DISTRIBUTIONS[options["schedule_sampler"]]
+    if getattr(timesteps, "changes_objective", False):
+        fixed |= {"schedule_sampler", *defaults(timesteps.Options)}
+    return fixed
 
 
 # ---------------------------------------------------------------- config.json

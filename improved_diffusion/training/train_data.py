@@ -54,6 +54,7 @@ def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None
         seed=config.seed,
         pad_with_random_frames=config.pad_with_random_frames,
         mask_distribution=config.mask_distribution,
+        mask_options=config.mask_options,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +24,15 @@ from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import compile_network, ema_decay, update_ema
-from improved_diffusion.resample import create_schedule_sampler
+from improved_diffusion.registry import OPTIMIZERS
+from improved_diffusion.resample import stratified_quantiles, timestep_distribution
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.own_errors import OwnErrors
 
 Items = Mapping[str, Tensor]
+
+LOG_SNR_EDGES = (-4.0, 0.0, 4.0)  # of the quarters by which errors are logged
+SHARED_STREAM = 1 << 31  # a rank that no run has: what all ranks draw alike
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class TrainStep:
         config: the training options.
         device: where to train (None: this rank's device).
 
-    Raises ValueError for float16 without a GPU.
+    Raises ValueError for float16 without a GPU, a distribution of timesteps that does not go with
+    the process, and an optimiser that this torch lacks.
     """
 
     def __init__(
@@ -77,11 +84,12 @@ class TrainStep:
         self.ddp = dist_util.wrap_ddp(self.network)
         trained = compile_network(self.ddp) if config.compile else self.ddp
         self.denoiser = Denoiser(trained, diffusion, autocast=self._autocast)
+        self.own_errors = OwnErrors(self.network, diffusion, config, autocast=self._autocast)
         self.emas = {rate: self._copies() for rate in config.ema_rates}
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
-        )
-        self.timesteps = create_schedule_sampler(config.schedule_sampler, diffusion.num_timesteps)
+        make_optimizer = OPTIMIZERS.made(config.optimizer, config.optimizer_options)
+        self.optimizer = make_optimizer(self.network, config)
+        self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.timesteps = timestep_distribution(config, diffusion)
         self.loss_scale = fp16_util.LossScale(config.fp16_scale_growth) if config.use_fp16 else None
 
     def _copies(self) -> dict[str, Tensor]:
@@ -98,10 +106,10 @@ class TrainStep:
         config = self.config
         generator = make_generator(config.seed, self.position, dist_util.rank())
         torch.manual_seed(generator.initial_seed())  # noise and dropout
+        t, weights = self._draw_timesteps(generator)
         self.position += config.batch_size * dist_util.world_size()
-        t, weights = self.timesteps.sample(config.batch_size, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self.batch(items)
+        batch = self.own_errors(self.batch(items), self.position)
         terms = self._backward(batch, t.to(self.device), weights.to(self.device))
         norm = self._grad_norm()
         self._clip_grad(norm)
@@ -115,6 +123,29 @@ class TrainStep:
         self._update()
         self.timesteps.update(t.to(self.device), terms["loss"])
         return Update(t.tolist(), weights.tolist(), losses, norm, done=True)
+
+    def _draw_timesteps(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This rank's timesteps [B], and the weights [B] of their losses."""
+        size, quantiles = self.config.batch_size, None
+        if self.config.stratified_timesteps:
+            ranks = dist_util.world_size()
+            shared = make_generator(self.config.seed, self.position, SHARED_STREAM)
+            quantiles = stratified_quantiles(
+                size, dist_util.rank(), ranks, shared=shared, own=generator
+            )
+        return self.timesteps.sample(size, generator, quantiles=quantiles)
+
+    def clean_errors(self, update: Update) -> Iterator[tuple[int, float]]:
+        """(quarter of log SNR, unweighted squared error of the clean frames) of each item.
+
+        Quarter 0 has a log SNR below -4, 1 one below 0, 2 one below 4, 3 the rest: the same noise
+        whatever the schedule. The error is "eval-mse", whatever the network predicts.
+        """
+        t = torch.tensor(update.timesteps)
+        scale = self.diffusion.prediction.error_scale(self.diffusion.snr(t))
+        quarters = np.digitize(self.diffusion.log_snr[t.numpy()], LOG_SNR_EDGES)
+        errors = torch.tensor(update.losses["eval-mse"]) / scale
+        return zip(quarters.tolist(), errors.tolist(), strict=True)
 
     def batch(self, items: Items) -> FrameBatch:
         """Stacked items on the device, as the network is given them."""
@@ -171,8 +202,8 @@ class TrainStep:
 
     def _update(self) -> None:
         """One step of the optimiser and of the averages."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = learning_rate(self.config, self.step, peak)
         self.optimizer.step()
         self.step += 1
         for rate, ema in self.emas.items():
@@ -211,9 +242,10 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from `state_dict`'s result of update `step`; the options may be others by now."""
         self.step, self.position = step, int(state["position"])
+        chosen = [_hyperparameters(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.weight_decay
+        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(values)
         for param, slots in self.optimizer.state.items():
             for name, value in slots.items():
                 # Files hold no memory layout; the fast path needs the parameter's own.
@@ -225,8 +257,16 @@ class TrainStep:
             self.loss_scale.log2 = state["loss_scale_log2"]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the update that follows `step` updates: linear warm-up, linear annealing."""
+def learning_rate(config: TrainConfig, step: int, peak: float) -> float:
+    """The rate of the update that follows `step` updates: linear warm-up, linear annealing.
+
+    peak: the rate without either.
+    """
     warmup, anneal = config.lr_warmup_steps, config.lr_anneal_steps
-    rate = config.lr * (1 - step / anneal if anneal else 1)
+    rate = peak * (1 - step / anneal if anneal else 1)
     return rate * min(1.0, (step + 1) / warmup) if warmup else rate
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """All but the parameters of one of an optimiser's groups."""
+    return {name: value for name, value in group.items() if name != "params"}

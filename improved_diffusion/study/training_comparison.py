@@ -1,0 +1,343 @@
+"""What several ways to train have learnt after equal updates or equal time.
+
+Each run is one of video_train.py, made by the same function. Every so many updates it is asked to
+denoise the same inference steps on test videos, with the same noise, at several noise levels: how
+well frames are predicted where sampling decides their layout (high noise) and their detail (low).
+What was measured is kept in `<out>/<run>.json`, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import logging
+import re
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    LaunchConfig,
+    ModelConfig,
+    TrainConfig,
+    flat_options,
+)
+from improved_diffusion.data import paths
+from improved_diffusion.data.frame_batch import FrameBatch
+from improved_diffusion.data.machine import default_device
+from improved_diffusion.data.rng_util import make_generator, randn
+from improved_diffusion.data.video_datasets import TrainDataset
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
+from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.results import read_json, write_json
+from improved_diffusion.sampling.trained_model import TrainedModel
+from improved_diffusion.script_util import add_arguments, config_from_args, parse_with_config
+from improved_diffusion.study.options import ComparisonConfig
+from improved_diffusion.study.study import RunScript
+from improved_diffusion.training.runs import IDENTITY
+from improved_diffusion.training.start import resolve_train_options, train_run
+from improved_diffusion.training.train_data import held_out_items
+from improved_diffusion.training.validation import bits_per_dim
+
+logger = logging.getLogger(__name__)
+
+LEVELS = (-6, -4, -2, 0, 2, 4, 6)  # log SNR, natural logarithm
+BOUND = "bits/dim"
+SOLVER = "dpmpp2m"
+EXTENT = ("T", "max_frames", "image_size", "dataset")  # what all runs must share
+LIMITS = (*IDENTITY, "max_steps")  # options that differ between sittings of one run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train: a name, and the options of its run."""
+
+    name: str
+    train: TrainConfig
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+
+    def stored(self) -> dict[str, Any]:
+        """The options that make its numbers what they are."""
+        flat = flat_options(self.train, self.data, self.model, self.diffusion)
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in flat.items()
+            if key not in LIMITS
+        }
+
+
+def compare(config: ComparisonConfig, run_script: RunScript) -> str:
+    """Train and measure what is missing; write errors.csv, errors.png and samples' scores.
+
+    Returns the table of the last measurements as text. Raises ValueError for runs that cannot be
+    compared, for results of other options in `out`, and where training was interrupted; what
+    training and the scripts raise.
+    """
+    found = recipes(config)
+    records = {recipe.name: _train_and_measure(config, recipe) for recipe in found}
+    _write_csv(records, Path(config.out) / "errors.csv")
+    _draw(records, Path(config.out) / "errors.png", by_time=config.seconds > 0)
+    if config.num_videos:
+        for script, words in sample_commands(config, found):
+            run_script(script, words)
+    return format_table(records)
+
+
+def recipes(config: ComparisonConfig) -> list[Recipe]:
+    """The runs to compare.
+
+    Raises ValueError for one that has no name or whose name another has, and for runs of different
+    videos or sizes, whose errors do not compare.
+    """
+    if not config.runs:
+        raise ValueError('--runs is empty: give runs as "name: options of video_train.py"')
+    found: dict[str, Recipe] = {}
+    for text in config.runs:
+        name, colon, words = text.partition(":")
+        if not colon or not re.fullmatch(r"[\w.-]+", name) or name in found:
+            raise ValueError(f'--runs {text!r}: give each run a name of its own, "name: options"')
+        found[name] = _recipe(config, name, shlex.split(f"{config.common} {words}"))
+    extents = {name: [recipe.stored()[key] for key in EXTENT] for name, recipe in found.items()}
+    first = next(iter(found))
+    for name, extent in extents.items():
+        if extent != extents[first]:
+            raise ValueError(
+                f"--runs: {name} has {', '.join(EXTENT)} {extent}, {first} has {extents[first]}: "
+                "their errors do not compare"
+            )
+    return list(found.values())
+
+
+def _recipe(config: ComparisonConfig, name: str, words: Sequence[str]) -> Recipe:
+    parser = argparse.ArgumentParser(prog=f"--runs {name!r}")
+    add_arguments(parser, TrainConfig, DataConfig, ModelConfig, DiffusionConfig, LaunchConfig)
+    args = parse_with_config(parser, words)
+    if args.resume_id or args.resume_checkpoint:
+        raise ValueError(f"--runs {name}: starts anew: leave out --resume_id, --resume_checkpoint")
+    data, diffusion = config_from_args(DataConfig, args), config_from_args(DiffusionConfig, args)
+    train, model = config_from_args(TrainConfig, args), config_from_args(ModelConfig, args)
+    train, model, _ = resolve_train_options(train, data, model)
+    train = dataclasses.replace(
+        train,
+        resume_id=f"{Path(config.out).name}/{name}",
+        save_latest_only=True,
+        sample_interval=0,
+    )
+    return Recipe(name, train, data, model, diffusion)
+
+
+# ---------------------------------------------------------------- training and measuring
+
+
+def _train_and_measure(config: ComparisonConfig, recipe: Recipe) -> list[dict[str, float]]:
+    """The measurements of one run, oldest first; trains until it has had its updates or its time.
+
+    The seconds are those of training, with starting the run anew after each measurement.
+    """
+    path = Path(config.out) / f"{recipe.name}.json"
+    made_with = {
+        "options": recipe.stored(),
+        **{key: getattr(config, key) for key in ("queries", "average", "seed")},
+    }
+    kept = read_json(path) if path.exists() else {"rows": [], **made_with}
+    differing = [key for key in made_with if kept.get(key) != made_with[key]]
+    if differing:
+        raise ValueError(f"{path}: made with other {differing[0]}: give another --out")
+    rows = kept["rows"]
+    while not rows or (
+        rows[-1]["updates"] < config.updates and not 0 < config.seconds <= rows[-1]["seconds"]
+    ):
+        done = rows[-1] if rows else {"updates": 0, "seconds": 0.0}
+        limit = min(int(done["updates"]) + config.every, config.updates)
+        seconds = _train_until(recipe, limit)
+        row = {"updates": limit, "seconds": done["seconds"] + seconds, **_measure(config, recipe)}
+        rows.append(row)
+        write_json(path, {"rows": rows, **made_with})
+        logger.info("%s", format_table({recipe.name: rows}))
+    return rows
+
+
+def _train_until(recipe: Recipe, updates: int) -> float:
+    """Train the run to its update of that number, or its own end; the seconds that it took."""
+    began = time.perf_counter()
+    train = dataclasses.replace(recipe.train, max_steps=updates)
+    if train_run(train, recipe.data, recipe.model, recipe.diffusion):
+        raise ValueError("training was interrupted: start again, and it goes on from there")
+    return time.perf_counter() - began
+
+
+def checkpoint_path(config: ComparisonConfig, recipe: Recipe) -> str:
+    """The newest checkpoint of a run, of the kind that is measured."""
+    rate = recipe.train.ema_rates[0]
+    kind = paths.ema_kind(rate) if config.average else "model"
+    return paths.checkpoint_path(paths.run_dir(recipe.train.resume_id), kind, None)
+
+
+def _measure(config: ComparisonConfig, recipe: Recipe) -> dict[str, float]:
+    """{"-6": squared error, ..., "bits/dim": bound}: means over the held-out queries."""
+    _, _, spec = resolve_train_options(recipe.train, recipe.data, recipe.model)
+    train = dataclasses.replace(
+        recipe.train,
+        mask_distribution="queries",
+        mask_options=None,
+        seed=config.seed,
+        valid_videos=config.queries,
+    )
+    queries = held_out_items(spec, train, recipe.data.cache_dir)
+    device = default_device(config.device)
+    model = TrainedModel.load(checkpoint_path(config, recipe), device)
+    denoiser = model.denoiser()
+    rows = [
+        query_errors(denoiser, query_batch(queries, number, device), (config.seed, number))
+        for number in range(config.queries)
+    ]
+    return dict(zip([*map(str, LEVELS), BOUND], map(float, np.mean(rows, axis=0)), strict=True))
+
+
+def query_batch(queries: TrainDataset, number: int, device: str) -> FrameBatch:
+    """Query number `number`, always the same, as a batch of one video without padding."""
+    item = queries[divmod(number, len(queries))]
+    items = {key: value[None] for key, value in item.items()}
+    return FrameBatch.from_items(items, device).without_padding()
+
+
+@torch.inference_mode()
+def query_errors(denoiser: Denoiser, batch: FrameBatch, key: tuple[int, int]) -> list[float]:
+    """The squared error of predicted clean frames at each of LEVELS, then the bound in bits/dim.
+
+    batch: one video without padding; only its latent frames count, with values in [-1, 1]. key: what
+    the noise depends on.
+    """
+    t = nearest_timesteps(denoiser.diffusion).to(batch.device)
+    several = batch.repeated(len(t))
+    noise = randn(several.frames.shape, make_generator(*key), batch.device)
+    x_t = denoiser.diffusion.q_sample(several.frames, t, noise)
+    squares = (denoiser.denoise(x_t, t, several) - several.frames) ** 2
+    latent = several.latent_mask.expand_as(squares)
+    errors = (squares * latent).flatten(1).sum(1) / latent.flatten(1).sum(1)
+    return [*errors.tolist(), bits_per_dim(denoiser, batch, make_generator(*key, 1))]
+
+
+def nearest_timesteps(diffusion: GaussianDiffusion) -> torch.Tensor:
+    """The timesteps, int64 [levels], whose log SNR is nearest to those of LEVELS."""
+    bar = diffusion.alphas_cumprod
+    log_snr = np.log(bar) - np.log1p(-bar)
+    return torch.from_numpy(np.abs(log_snr[None] - np.array(LEVELS)[:, None]).argmin(1))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sample_commands(
+    config: ComparisonConfig, found: Sequence[Recipe]
+) -> Iterator[tuple[str, list[str]]]:
+    """The commands that sample test videos of full length with each run, score them, and draw drift."""
+    folders = [
+        str(sample_folder(config, recipe, mode)) for recipe in found for mode in config.strategies
+    ]
+    device = ["--device", config.device] if config.device else []
+    for recipe in found:
+        for mode in config.strategies:
+            yield "video_sample.py", [*_sample_words(config, recipe, mode), *device]
+    frame_modes, video_modes = (
+        [mode for mode in config.modes if (mode in VIDEO_METRICS) == of_videos]
+        for of_videos in (False, True)
+    )
+    for script, modes in (("video_eval.py", frame_modes), ("video_eval_fvd.py", video_modes)):
+        if modes:
+            yield script, ["--eval_dir", *folders, "--modes", *modes, *device]
+    if frame_modes:
+        picture = str(Path(config.out) / "drift.png")
+        yield "video_plot.py", ["--eval_dir", *folders, "--out", picture]
+
+
+def _sample_words(config: ComparisonConfig, recipe: Recipe, mode: str) -> list[str]:
+    sizes = _sizes(recipe)
+    return [
+        checkpoint_path(config, recipe),
+        *("--inference_mode", mode, "--sampler", SOLVER),
+        *("--timestep_respacing", str(config.timesteps), "--subset_size", str(config.num_videos)),
+        *("--seed", str(config.seed), "--eval_dir", str(Path(config.out) / recipe.name)),
+        *(word for name, value in sizes.items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def _sizes(recipe: Recipe) -> dict[str, int]:
+    """Half of a network call is observed, half is sampled, over the longest videos."""
+    half = recipe.train.max_frames // 2
+    T = recipe.train.T
+    return {"max_frames": 2 * half, "step_size": half, "T": T, "obs_length": min(half, T - 1)}
+
+
+def sample_folder(config: ComparisonConfig, recipe: Recipe, mode: str) -> Path:
+    """The evaluation directory of a run's samples with one strategy."""
+    strategy = STRATEGIES[mode]
+    max_frames, step_size, T, obs_length = _sizes(recipe).values()
+    own = strategy.folder_suffix(strategy.Options())
+    name = paths.inference_mode_str(mode, (max_frames, step_size, T, obs_length), options=own)
+    return Path(config.out) / recipe.name / name
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def _write_csv(records: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """All measurements, a row each: run, updates, seconds, error per log SNR, bits/dim."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["run", "updates", "seconds", *map(str, LEVELS), BOUND])
+    for name, rows in records.items():
+        for row in rows:
+            columns = ("updates", "seconds", *map(str, LEVELS), BOUND)
+            writer.writerow([name, *(row[column] for column in columns)])
+    with paths.atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def format_table(records: dict[str, list[dict[str, float]]]) -> str:
+    """The last measurement of each run, a table in Markdown."""
+    head = ["run", "updates", "minutes", *(f"error at log SNR {level}" for level in LEVELS), BOUND]
+    lines = [head, ["---"] * len(head)]
+    for name, rows in records.items():
+        last = rows[-1]
+        errors = [f"{last[str(level)]:.4f}" for level in LEVELS]
+        times = [str(int(last["updates"])), f"{last['seconds'] / 60:.1f}"]
+        lines.append([name, *times, *errors, f"{last[BOUND]:.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _draw(records: dict[str, list[dict[str, float]]], path: Path, *, by_time: bool) -> None:
+    """A panel per noise level and one of the bound, a curve per run; both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    axis, label = ("seconds", "seconds of training") if by_time else ("updates", "updates")
+    lines = {}
+    titles = [f"log SNR {level}" for level in LEVELS] + [BOUND]
+    panels = zip(figure.subplots(2, 4).flat, [*map(str, LEVELS), BOUND], titles, strict=True)
+    for axes, column, title in panels:
+        for name, rows in records.items():
+            x, y = [row[axis] for row in rows], [row[column] for row in rows]
+            (lines[name],) = axes.loglog(x, y, marker=".", linewidth=1.3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6)
+    figure.suptitle("squared error of predicted clean frames on held-out queries", fontsize=11)
+    with contextlib.closing(io.BytesIO()) as image, paths.atomic_write(path) as file:
+        figure.savefig(image, format="png", dpi=100)
+        file.write(image.getvalue())

@@ -1,0 +1,97 @@
+"""From training options to a run: the work of scripts/video_train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+
+from improved_diffusion import dist_util
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TrainConfig,
+    flat_options,
+)
+from improved_diffusion.data.dataset_files import dataset_spec
+from improved_diffusion.data.dataset_specs import DatasetSpec
+from improved_diffusion.data.video_datasets import get_train_dataset
+from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
+from improved_diffusion.train_util import Measures, TrainLoop
+from improved_diffusion.training import run_lock, signals
+from improved_diffusion.training.runs import describe_run, open_run, record_run
+from improved_diffusion.training.train_data import held_out_items
+
+
+def resolve_train_options(
+    train: TrainConfig, data: DataConfig, model: ModelConfig
+) -> tuple[TrainConfig, ModelConfig, DatasetSpec]:
+    """The options with T and image_size as the data set has them, and the data set.
+
+    Raises ValueError or FileNotFoundError for an unknown or missing data set.
+    """
+    sizes = image_sizes(model.network)
+    spec = dataset_spec(train.dataset, image_size=model.image_size, image_sizes=sizes, **vars(data))
+    train = dataclasses.replace(train, T=spec.T if train.T == -1 else train.T)
+    return train, dataclasses.replace(model, image_size=spec.image_size), spec
+
+
+def create_train_loop(
+    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
+) -> TrainLoop:
+    """The training loop of these options, at the start or where its run was left.
+
+    All ranks must call. Raises ValueError, FileNotFoundError or OSError for a user's mistake.
+    """
+    train, model, spec = resolve_train_options(train, data, model)
+    items = get_train_dataset(
+        spec,
+        T=train.T,
+        max_frames=train.max_frames,
+        seed=train.seed,
+        pad_with_random_frames=train.pad_with_random_frames,
+        mask_distribution=train.mask_distribution,
+        mask_options=train.mask_options,
+        cache_dir=data.cache_dir,
+    )
+    valid_items = held_out_items(spec, train, data.cache_dir) if train.valid_interval else None
+    stored = flat_options(train, data, model, diffusion)
+    process = create_diffusion(diffusion)
+    sample_steps = str(min(train.sample_steps, process.num_timesteps))
+    sample_process = dataclasses.replace(diffusion, timestep_respacing=sample_steps)
+    torch.manual_seed(train.seed)
+    network = create_model(model)
+    run = open_run(train, stored)
+    record_run(run, stored)
+    return TrainLoop(
+        network,
+        process,
+        items,
+        train,
+        run=run,
+        measures=Measures(create_diffusion(sample_process), valid_items),
+    )
+
+
+def train_run(
+    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
+) -> bool:
+    """Train as these options say; whether a signal ended it before its limit. All ranks must call."""
+    try:
+        return create_train_loop(train, data, model, diffusion).run_loop()
+    except signals.Interrupted:
+        return True
+    finally:
+        run_lock.release_all()
+
+
+def dry_run(
+    train: TrainConfig, data: DataConfig, model: ModelConfig, diffusion: DiffusionConfig
+) -> None:
+    """Print what the run's config.json would hold. All ranks must call."""
+    train, model, _ = resolve_train_options(train, data, model)
+    description = describe_run(flat_options(train, data, model, diffusion))
+    if dist_util.is_main():
+        print(json.dumps(description, indent=2))
