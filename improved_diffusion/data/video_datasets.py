@@ -21,7 +21,7 @@ from improved_diffusion.data.dataset_files import (
     require_length,
 )
 from improved_diffusion.data.dataset_specs import DatasetSpec
-from improved_diffusion.data.frame_masks import create_mask_distribution
+from improved_diffusion.data.frame_masks import DrawFrames, create_mask_distribution, draw_frames
 from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
@@ -60,15 +60,14 @@ class TrainDataset(Dataset[dict[str, torch.Tensor]]):
         max_frames: int,
         seed: int,
         pad_with_random_frames: bool,
-        mask_distribution: str = "published",
-        mask_options: Any = None,
+        draw_frames: DrawFrames = draw_frames,
     ) -> None:
         self.files = files
         self.T = T
         self.max_frames = max_frames
         self.seed = seed
         self.pad_with_random_frames = pad_with_random_frames
-        self.draw_frames = create_mask_distribution(mask_distribution, mask_options)
+        self.draw_frames = draw_frames
         self._faults: set[str] = set()  # what was found by this process and left out
 
     def __len__(self) -> int:
@@ -165,8 +164,7 @@ def get_train_dataset(
         seed: seed of everything random.
         image_size: None: that of the data set.
         pad_with_random_frames: fill items up with frames of another video instead of zeros.
-        mask_distribution: a name in MASK_DISTRIBUTIONS.
-        mask_options: its own, as an instance of its `Options` or a mapping (None: their defaults).
+        mask_distribution, mask_options: as for `create_mask_distribution`.
         cache_dir: copy files below this folder on first use, and read them there.
 
     The headers of all training videos are looked at, once for all processes.
@@ -184,8 +182,7 @@ def get_train_dataset(
         max_frames=max_frames,
         seed=seed,
         pad_with_random_frames=pad_with_random_frames,
-        mask_distribution=mask_distribution,
-        mask_options=mask_options,
+        draw_frames=create_mask_distribution(mask_distribution, mask_options),
     )
 
 

@@ -185,8 +185,7 @@ def bound_dataset(options: NllConfig) -> VideoBounds:
     missing = [v for v in videos if _kept(paths.elbo_path(task.eval_dir, v)) is None]
     missing = dist_util.broadcast_object(missing)  # a quick rank may have made some already
     if missing:
-        with dist_util.memory_errors_named("a smaller --batch_size"):
-            _bound_videos(task, source, missing[dist_util.rank() :: dist_util.world_size()])
+        _bound_videos(task, source, missing[dist_util.rank() :: dist_util.world_size()])
         dist_util.barrier()
     bits = [load_elbo(paths.elbo_path(task.eval_dir, video)).sum() for video in videos]
     num_latent = task.plan.T - len(strategy.observed_from_data)

@@ -147,8 +147,8 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     task = Task.resolve(options)
     plan, places = _searchable(task)
     # The folder in which --optimal will look.
-    named = dataclasses.replace(options, optimal=True)
-    eval_dir = evaluation_dir(named, task.model.step, task.plan.T, task.plan.max_frames)
+    sizes = task.model.step, task.plan.T, task.plan.max_frames
+    eval_dir = evaluation_dir(dataclasses.replace(options, optimal=True), *sizes)
     array_task = dist_util.array_task()
     if array_task is not None and array_task not in plan:
         logger.info("nothing to do: there is no step SLURM_ARRAY_TASK_ID=%d to search", array_task)

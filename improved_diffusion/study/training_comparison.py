@@ -83,12 +83,14 @@ class Recipe:
 def compare(config: ComparisonConfig, run_script: RunScript) -> str:
     """Train and measure what is missing; write errors.csv, errors.png and samples' scores.
 
-    Returns the table of the last measurements as text. Raises ValueError for runs that cannot be
+    Those that other processes measured in `out` stand beside them, so that each may have its share of
+    the runs. Returns the table of the last measurements as text. Raises ValueError for runs that cannot be
     compared, for results of other options in `out`, and where training was interrupted; what
     training and the scripts raise.
     """
     found = recipes(config)
     records = {recipe.name: _train_and_measure(config, recipe) for recipe in found}
+    records |= _measured_elsewhere(config, found)
     _write_csv(records, Path(config.out) / "errors.csv")
     _draw(records, Path(config.out) / "errors.png", by_time=config.seconds > 0)
     if config.num_videos:
@@ -149,10 +151,7 @@ def _train_and_measure(config: ComparisonConfig, recipe: Recipe) -> list[dict[st
     The seconds are those of training, with starting the run anew after each measurement.
     """
     path = Path(config.out) / f"{recipe.name}.json"
-    made_with = {
-        "options": recipe.stored(),
-        **{key: getattr(config, key) for key in ("queries", "average", "seed")},
-    }
+    made_with = {"options": recipe.stored(), **_measured_with(config)}
     kept = read_json(path) if path.exists() else {"rows": [], **made_with}
     differing = [key for key in made_with if kept.get(key) != made_with[key]]
     if differing:
@@ -169,6 +168,27 @@ def _train_and_measure(config: ComparisonConfig, recipe: Recipe) -> list[dict[st
         write_json(path, {"rows": rows, **made_with})
         logger.info("%s", format_table({recipe.name: rows}))
     return rows
+
+
+def _measured_with(config: ComparisonConfig) -> dict[str, Any]:
+    """The options that decide what is measured."""
+    return {key: getattr(config, key) for key in ("queries", "average", "seed")}
+
+
+def _measured_elsewhere(
+    config: ComparisonConfig, found: Sequence[Recipe]
+) -> dict[str, list[dict[str, float]]]:
+    """The measurements in `out` of other runs than these that compare with them."""
+    others = {}
+    for path in sorted(Path(config.out).glob("*.json")):
+        kept, own = read_json(path), found[0].stored()
+        wanted = _measured_with(config) | {"options": {key: own[key] for key in EXTENT}}
+        options = kept.get("options", {})
+        has = {**kept, "options": {key: options.get(key) for key in EXTENT}}
+        compares = all(has.get(key) == value for key, value in wanted.items())
+        if compares and path.stem not in [recipe.name for recipe in found]:
+            others[path.stem] = kept["rows"]
+    return others
 
 
 def _train_until(recipe: Recipe, updates: int) -> float:

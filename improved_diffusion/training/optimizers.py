@@ -40,9 +40,10 @@ class AdamWOptions:
             raise ValueError(f"--adam_betas {self.adam_betas}: must be two numbers in [0, 1)")
 
     @property
-    def betas(self) -> tuple[float, ...]:
+    def betas(self) -> tuple[float, float]:
         """The rates as numbers."""
-        return tuple(map(float, self.adam_betas.split(",")))
+        first, second = map(float, self.adam_betas.split(","))
+        return first, second
 
 
 class AdamW:
@@ -145,7 +146,7 @@ def as_matrix(param: Tensor) -> Tensor:
 
 def _memory_order(param: Tensor) -> list[int]:
     """The axes of a parameter but the first, outermost in memory first."""
-    return sorted(range(1, param.ndim), key=lambda axis: -param.stride(axis))
+    return sorted(range(1, param.ndim), key=param.stride, reverse=True)
 
 
 def _gradient_matrix(param: Tensor) -> Tensor | None:

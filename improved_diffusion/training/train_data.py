@@ -10,6 +10,7 @@ from improved_diffusion import dist_util
 from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.dataset_files import VideoFiles, require_length
 from improved_diffusion.data.dataset_specs import DatasetSpec
+from improved_diffusion.data.frame_masks import create_mask_distribution
 from improved_diffusion.data.video_datasets import ShardedSampler, TrainDataset
 from improved_diffusion.training.signals import ignore_in_worker
 
@@ -53,8 +54,7 @@ def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None
         max_frames=config.max_frames,
         seed=config.seed,
         pad_with_random_frames=config.pad_with_random_frames,
-        mask_distribution=config.mask_distribution,
-        mask_options=config.mask_options,
+        draw_frames=create_mask_distribution(config.mask_distribution, config.mask_options),
     )
 
 
