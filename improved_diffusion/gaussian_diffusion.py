@@ -4,9 +4,8 @@ Sources: DDPM = Ho et al. 2020 (arXiv 2006.11239); IDDPM = Nichol & Dhariwal 202
 DDIM = Song et al. 2020 (2010.02502); FDM = Harvey et al. 2022 (2205.11495).
 
 Frames are [B, T, C, H, W] in [-1, 1], timesteps t int64 [B] (or [1], where all videos are at one) in
-[0, num_timesteps), masks float [B, T, 1, 1, 1]. Methods that take a `model` are the published ones:
-`model(x, timesteps, **model_kwargs)` is the network; `model_kwargs` holds x0 (the clean frames),
-obs_mask, latent_mask and frame_indices. The rest of this package calls `sampling.denoiser.Denoiser`.
+[0, num_timesteps), masks float [B, T, 1, 1, 1]. Methods that take a `model`, called as
+`model(x, timesteps, **FrameBatch.conditioning)`, are the published ones; this package uses `Denoiser`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from improved_diffusion.losses import discretized_gaussian_log_likelihood as log
 from improved_diffusion.registry import PREDICTIONS
 
 Model = Callable[..., Tensor]
+Kwargs = dict[str, Any] | None
 
 
 def get_named_beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
@@ -66,8 +66,7 @@ class GaussianDiffusion:
 
     def _make_tables(self) -> dict[str, np.ndarray]:
         """All per-timestep coefficients, in float64."""
-        bar = self.alphas_cumprod
-        bar_prev = np.append(1.0, bar[:-1])
+        bar, bar_prev = self.alphas_cumprod, np.append(1.0, self.alphas_cumprod[:-1])
         posterior_variance = self.betas * (1 - bar_prev) / (1 - bar)  # DDPM Eq. 7
         # The first posterior variance is 0: its logarithm is clipped to the next one.
         first = posterior_variance[1:2] if len(bar) > 1 else self.betas
@@ -143,9 +142,7 @@ class GaussianDiffusion:
         """Timesteps as the network sees them: 0..1000 whatever their number, with rescaling on."""
         return t.float() * (1000.0 / self.num_timesteps) if self.config.rescale_timesteps else t
 
-    def run_model(
-        self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None
-    ) -> Tensor:
+    def run_model(self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor:
         """The network's output at x_t, timesteps scaled."""
         return model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
 
@@ -172,8 +169,6 @@ class GaussianDiffusion:
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         spread = {"variance": variance, "log_variance": log_variance}
         return {"mean": mean, **spread, "pred_xstart": pred_xstart}
-
-    # ------------------------------------------------------------ one step of sampling
 
     def ancestral_step(
         self, x: Tensor, t: Tensor, xstart: Tensor, log_variance: Tensor, noise: Tensor
@@ -259,9 +254,8 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Go through all timesteps with `step`, from `noise` (default: drawn) to clean frames.
 
-        latent_mask: the frames to sample (default: model_kwargs' latent_mask; none there: all);
-        the others come out as they are in model_kwargs' x0. generator: a CPU generator, or one per
-        video. device: where to work (default: x0's).
+        latent_mask: the frames to sample (default: model_kwargs' latent_mask; none there: all), the
+        others stay as x0 has them; generator: on the CPU, or one per video; device: default x0's.
         """
         kwargs = model_kwargs or {}
         latent_mask = kwargs.get("latent_mask") if latent_mask is None else latent_mask

@@ -120,7 +120,7 @@ def test_a_data_set_is_required_where_the_file_has_none(parser, tmp_path, capsys
         ),
         (
             {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
-            "srun -n 4 --wait=5 python",
+            "srun --mpi=none -n 4 --wait=5 python",
         ),
     ],
 )
