@@ -215,11 +215,11 @@ class AdaptiveAutoregressive(InferenceStrategyBase):
         observed = []
         for video in range(len(self._videos)):
             embeddings = {frame: values[video] for frame, values in self._embeddings.items()}
-            observed.append(self._choose(embeddings, start, places))
+            observed.append(self._choose(video, embeddings, start, places))
         return observed, [latent] * len(observed)
 
     def _choose(
-        self, embeddings: dict[int, np.ndarray], start: list[int], places: int
+        self, video: int, embeddings: dict[int, np.ndarray], start: list[int], places: int
     ) -> list[int]:
         """The frames to observe in one video; embeddings: {done frame: [d]}."""
         return select.farthest_points(embeddings, start, places)
@@ -263,8 +263,10 @@ class AdaptiveHierarchy3(AdaptiveHierarchy):
 class RecallAutoregressive(AdaptiveAutoregressive):
     """Observe the most recent frames, and those that followed the past moments most like now.
 
-    A moment is some frames in a row, now the last such ones; see `frame_selection.similar_moments`. With
-    too little past it observes what autoreg does.
+    A moment is some frames in a row, now the last such ones; see `frame_selection.similar_moments`. A moment
+    that was recalled is followed, as time goes on, unless another looks much more like now: sampled frames
+    are a little late or early, and what is recalled by their looks alone drifts away with them. With too
+    little past it observes what autoreg does.
     """
 
     @dataclass(frozen=True)
@@ -277,13 +279,27 @@ class RecallAutoregressive(AdaptiveAutoregressive):
             20, "recall-autoreg: frames between moments, and between the last one and now"
         )
         recall_moments: int = option(1, "recall-autoreg: moments that share the other places")
+        recall_follow: float = option(
+            0.5,
+            "recall-autoreg: factor on the distance of the moment that goes on from the one recalled "
+            "last, which is kept unless another is that much nearer; 1: it counts like any other",
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
             for item in fields(self):
                 value = getattr(self, item.name)
-                if item.name.startswith("recall_") and value < 1:
+                if item.type == "int" and value < 1:
                     raise ValueError(f"--{item.name} {value}: must be at least 1")
+            if not 0 < self.recall_follow <= 1:
+                raise ValueError(
+                    f"--recall_follow {self.recall_follow}: must be above 0, at most 1"
+                )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # For each video: the frame that was the last one, and the moments it recalled then.
+        self._recalled: dict[int, tuple[int, list[int]]] = {}
 
     @classmethod
     def folder_suffix(cls, options: Any) -> str:
@@ -299,13 +315,15 @@ class RecallAutoregressive(AdaptiveAutoregressive):
         return recent, self._places, self._next_block()
 
     def _choose(
-        self, embeddings: dict[int, np.ndarray], start: list[int], places: int
+        self, video: int, embeddings: dict[int, np.ndarray], start: list[int], places: int
     ) -> list[int]:
         done = np.stack([embeddings[frame] for frame in sorted(embeddings)])
-        distances = select.moment_distances(done, self.options.recall_window)
-        moments = select.similar_moments(
-            distances, self.options.recall_gap, self.options.recall_moments
-        )
+        now, options = len(done) - 1, self.options
+        distances = select.moment_distances(done, options.recall_window)
+        then, followed = self._recalled.get(video, (now, []))
+        distances[[moment + now - then for moment in followed]] *= options.recall_follow
+        moments = select.similar_moments(distances, options.recall_gap, options.recall_moments)
+        self._recalled[video] = now, moments
         return select.recalled_frames(moments, start, places)
 
 

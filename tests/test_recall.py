@@ -190,6 +190,46 @@ def test_options_change_what_is_observed(options, expected):
     assert observed == expected
 
 
+def late_samples(follow):
+    """Where steps recall from, modulo the period, when each step's samples are a frame late."""
+    videos, offsets = lap_videos(), []
+    smooth = np.linspace(0, 1, PERIOD, endpoint=False)[np.arange(T) % PERIOD]
+    videos[:] = np.sin(2 * np.pi * (smooth[:, None] + np.arange(16) / 16)).reshape(T, 1, 4, 4)
+    strategy = make(obs_length=2 * PERIOD, recall_recent=1, recall_follow=follow, recall_window=1)
+    strategy.set_videos(videos)
+    for (observed,), (latent,) in strategy:
+        offsets.append((latent[0] - observed[0]) % PERIOD)
+        lag = 0.6 * len(offsets)
+        phases = (np.array(latent) - lag) / PERIOD
+        videos[0, latent] = np.sin(2 * np.pi * (phases[:, None] + np.arange(16) / 16)).reshape(
+            -1, 1, 4, 4
+        )
+        strategy.set_videos(videos)
+    return offsets
+
+
+def test_a_recalled_moment_is_followed_when_samples_come_late():
+    assert late_samples(1.0)[:3] == [0, 1, 1]
+    assert late_samples(0.01)[:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("follow", [0, 1.1])
+def test_the_factor_of_following_has_a_range(follow):
+    with pytest.raises(ValueError, match="--recall_follow .*: must be above 0, at most 1"):
+        make(recall_follow=follow)
+
+
+def test_a_moment_is_not_followed_where_the_way_is_another():
+    """Two stretches begin alike and differ then: the second one is recalled once it is seen."""
+    rng = np.random.default_rng(0)
+    frames = rng.uniform(-1, 1, (T, 3, 4, 4)).astype(np.float32)
+    frames[12:14] = frames[2:4]  # 2 3 4 5 ... against 2 3 14 15 ...
+    frames[26:36] = frames[12:22]
+    strategy = make(6, 2, 28, recall_window=2, recall_recent=1)
+    observed = [o[0] for o, _ in steps(strategy, frames[None])]
+    assert observed[0][0] == 4 and observed[1][0] == 16
+
+
 def test_it_is_offered_by_name_and_documented():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert "recall-autoreg" in inference_strategies and "`recall-autoreg`" in readme
