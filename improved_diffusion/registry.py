@@ -218,7 +218,7 @@ STRATEGIES = Registry(
             "the same in three levels",
         ),
         "recall-autoreg": (
-            f"{_STRATEGIES}:RecallAutoregressive",
+            f"{_HERE}.data.recall_strategy:RecallAutoregressive",
             "observe the most recent frames, and what followed the moments most like now",
         ),
         "goal-directed-autoreg": (
