@@ -18,7 +18,7 @@ def test_pretrained_networks_are_small_and_continue_frames(dataset):
     assert path.stat().st_size < 10e6
     torch.set_num_threads(1)
     loaded = load_model(str(path))
-    assert loaded[1]["dataset"] == dataset
+    assert loaded.dataset == dataset
     observed = np.zeros((4, 32, 32, 3), np.uint8)
     if dataset == "bouncy_balls":
         observed[:, 10:16, 10:16, 0] = 230

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import ROOT, call_main
 from improved_diffusion.config import option
+from improved_diffusion.data import metric_weights
 from improved_diffusion.inference_utils import (
     Autoregressive,
     InferenceStrategyBase,
@@ -135,8 +136,11 @@ def test_an_old_folder_with_the_options_of_every_mode_is_continued(checkpoint): 
     assert json.loads(path.read_text()) == old
 
 
-def test_the_sampler_gives_the_embedding_that_is_named(checkpoint, monkeypatch):  # noqa: F811
+def test_the_sampler_gives_the_embedding_that_is_named(checkpoint, monkeypatch, tmp_path):  # noqa: F811
     seen = []
+    # Samples say which LPIPS weights chose their frames; the faked embedding needs no real ones.
+    (tmp_path / metric_weights.ALEXNET_FILE).write_bytes(b"weights")
+    monkeypatch.setenv("METRIC_WEIGHTS_DIR", str(tmp_path))
 
     def embed(frames, *, device):
         seen.append((len(frames), device))
@@ -145,7 +149,7 @@ def test_the_sampler_gives_the_embedding_that_is_named(checkpoint, monkeypatch):
     monkeypatch.setitem(lpips_util.EMBEDDINGS, "lpips", embed)
     options = {"inference_mode": "adaptive-autoreg", "device": "cpu", "indices": (0,)}
     by_name = sample(checkpoint, eval_dir="a", **options)
-    assert seen == [(4, "cpu"), (2, "cpu")]
+    assert seen == [(1, "cpu"), (4, "cpu"), (2, "cpu")]  # the first one is tried on black
     l2 = sample(checkpoint, eval_dir="b", strategy_options={"distance": "l2"}, **options)
-    assert len(seen) == 2
+    assert len(seen) == 3
     np.testing.assert_array_equal(load(by_name, 0), load(l2, 0))

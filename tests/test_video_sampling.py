@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers import make_checkpoint, make_folder_dataset, run_script
-from improved_diffusion import nn
 from improved_diffusion.data import paths
+from improved_diffusion.sampling import trained_model
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
 from improved_diffusion.sampling.video_sampling import sample_dataset
@@ -287,7 +287,7 @@ def test_compile_samples_with_the_compiled_network(checkpoint, monkeypatch):
             calls.append(self)
             return self.network(*args, **kwargs)
 
-    monkeypatch.setattr(nn, "compile_network", Compiled)
+    monkeypatch.setattr(trained_model, "compile_network", Compiled)
     sample(checkpoint, sampler="dpmpp2m", timestep_respacing="2")
     assert not calls
     sample(checkpoint, sampler="heun", timestep_respacing="2", compile=True)
