@@ -26,6 +26,7 @@ def checkpoint(tmp_path, monkeypatch) -> str:
     return str(make_checkpoint(tmp_path / "checkpoints/run/model_latest.pt", data))
 
 
+@pytest.mark.slow
 def test_the_example_of_readme_runs_as_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = re.search(r"```python\n(import numpy.*?load_model.*?)```", README, flags=re.S)[1]

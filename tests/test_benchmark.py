@@ -105,6 +105,7 @@ def test_samplers_call_the_network_as_often_as_the_scaling_says(sampler):
     assert sampler in measures.USUAL_TIMESTEPS
 
 
+@pytest.mark.slow
 def test_the_table_and_the_file_agree(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     load_script("scripts/video_benchmark.py").main(

@@ -97,6 +97,7 @@ def test_a_plain_process_never_imports_mpi():
     assert done.returncode == 3
 
 
+@pytest.mark.slow
 def test_a_foreign_mpiexec_is_an_error_that_says_so(tmp_path):
     code = "from improved_diffusion import dist_util; dist_util.setup_dist()"
     environment = {

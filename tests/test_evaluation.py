@@ -638,6 +638,7 @@ def test_the_scripts_differ_in_their_default_metrics_alone():
     assert of_fvd == default
 
 
+@pytest.mark.slow
 def test_both_scripts_write_the_same_file(eval_dir, tmp_path, i3d):
     done = run_script("video_eval.py", "--eval_dir", eval_dir.path, "--modes", "psnr", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -671,6 +672,7 @@ def test_a_grid_puts_the_truth_beside_the_samples(eval_dir, tmp_path):
     assert width == height == 3 * (128 + 4)  # truth and 2 samples; 3 videos
 
 
+@pytest.mark.slow
 def test_a_grid_puts_several_directories_side_by_side(eval_dir, tmp_path):
     import shutil
 

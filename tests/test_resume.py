@@ -176,6 +176,7 @@ def test_a_set_of_200_mb_takes_no_memory_until_it_is_used(tmp_path):
 # ---------------------------------------------------------------- a full disk
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_full_has_room_again_and_the_run_goes_on(videos, tmp_path):
     make_loop(videos, resume_id="whole").run_loop()
     make_loop(videos, resume_id="run", max_steps=2).run_loop()

@@ -34,6 +34,7 @@ def parse(parser, *words):
     return parse_with_config(parser, list(words))
 
 
+@pytest.mark.slow
 def test_config_json_says_what_ran_where_and_starts_the_same_run_again(videos, tmp_path):
     done = train(tmp_path, *flags(videos, resume_id="first", max_steps=1, lr=0.002), ranks=2)
     assert done.returncode == 0, done.stderr

@@ -219,6 +219,7 @@ def test_a_second_job_of_a_run_says_who_holds_it_and_leaves_its_files_alone(vide
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_followed_at_once(videos, tmp_path):
     command = [sys.executable, SCRIPT, *flags(videos, max_steps=0, resume_id="run")]
     folder = tmp_path / "checkpoints" / "run"

@@ -45,6 +45,7 @@ def measurements(out="results/comparison"):
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_runs_are_trained_measured_and_drawn_and_go_on_from_there(capsys):
     compare("--updates", 2, "--every", 1)
     rows = measurements()

@@ -120,6 +120,7 @@ def test_a_measurement_that_a_signal_cut_short_is_not_logged(videos, monkeypatch
     assert loop.log.dump(1) == {"x": 1}
 
 
+@pytest.mark.slow
 def test_ranks_measure_what_one_process_measures(videos, tmp_path):
     options = flags(videos, valid_interval=1, max_steps=1, lr=0, valid_videos=5)
     for ranks, run_id in ((0, "one"), (2, "two")):
