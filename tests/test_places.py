@@ -19,6 +19,7 @@ from improved_diffusion.evaluation.pose_network import (
     save_pose_network,
 )
 from improved_diffusion.evaluation.pose_training import choose_frames, pose_loss
+from improved_diffusion.sampling.results import EvalDir
 
 KNOWN = Walks(("maze_laps",), step=0.25, turn=0.25)
 
@@ -230,3 +231,21 @@ def test_the_training_command_writes_a_network_and_tells_its_accuracy(mazes, cap
         path.unlink()
     with pytest.raises(FileNotFoundError, match="poses"):
         call_main("train_pose_network.py", *words, "--updates", 2)
+
+
+def test_the_network_of_the_repository_knows_a_walk_from_a_shuffled_one(mazes):
+    frames = np.load(mazes / "test/0.npy").transpose(0, 3, 1, 2)
+    directory = EvalDir("results")
+    stored = {"T": 240, "obs_length": 60, "observed_frames": list(range(60))}
+    dataset = {"dataset": "maze_laps", "dataset_partition": "test"}
+    directory.write_configs({"image_size": 32, "dataset": "maze_laps"}, stored | dataset)
+    sample = frames.copy()
+    sample[60:] = np.random.default_rng(0).permutation(frames[60:])
+    directory.save_sample(0, 0, sample)
+    words = "--modes place_jumps place_returns --device cpu".split()
+    call_main("video_eval.py", "--eval_dir", directory.path, *words)
+    (path,) = directory.path.glob("metrics_*.pkl")
+    table = np.load(path, allow_pickle=True)
+    shuffled, true = table["place_jumps"][0, 0]
+    assert true < 2 and shuffled > 60
+    assert table["place_returns"][0, 0].min() > 90  # a shuffled lap is seen again, too
