@@ -14,10 +14,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
-# Other ranks wait while rank 0 draws samples or writes checkpoints: above the longest such work.
+# Other ranks wait while rank 0 does work of its own: above the longest such work.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
 
 JOIN_TIMEOUT = timedelta(minutes=30)  # from the first rank's start to the last one's
@@ -96,11 +96,13 @@ def launch_command() -> str:
     return "python"
 
 
-def setup_dist() -> None:
+def setup_dist(timeout: timedelta | None = None) -> None:
     """Find this process's rank and join the others; call once, before any other function here.
 
-    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and where
-    mpi4py finds no MPI library.
+    timeout: how long ranks wait for each other before they fail (None: COLLECTIVE_TIMEOUT).
+
+    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and where mpi4py
+    finds no MPI library.
     """
     import torch
 
@@ -126,7 +128,7 @@ def setup_dist() -> None:
                 store=store,
                 rank=_world.rank,
                 world_size=_world.size,
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=timeout or COLLECTIVE_TIMEOUT,
             )
 
 
@@ -279,6 +281,15 @@ def broadcast_object(value: Value, *, what: str = "a broadcast") -> Value:
     return box[0]
 
 
+def from_main(make: Callable[[], Value], *, what: str) -> Value:
+    """What `make` returns on rank 0, which alone calls it (anything that pickles), on every rank.
+
+    Where it raises, rank 0 ends the others as for any error of a rank.
+    """
+    own = make() if is_main() else None
+    return cast(Value, broadcast_object(own, what=what))
+
+
 def gather_objects(value: Value, *, what: str = "a gathering") -> list[Value]:
     """Every rank's `value` (anything that pickles), in order of ranks, on every rank."""
     if _world.size == 1:
@@ -320,6 +331,19 @@ def max_over_ranks(*values: int, what: str = "a maximum over ranks") -> tuple[in
         return tuple(box.tolist())
 
 
+def take_max_over_ranks(values: Tensor, *, what: str = "a maximum over ranks") -> None:
+    """Put the largest of each element over the ranks into `values`.
+
+    On a GPU that is one more thing for it to do: the host does not wait.
+    """
+    if _world.size == 1:
+        return
+    import torch
+
+    with collective(what):
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+
+
 def mean_over_ranks(
     values: Mapping[str, float], counts: Mapping[str, float] | None = None
 ) -> dict[str, float]:
@@ -344,10 +368,19 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     device = dev()
     with collective("the broadcast of the parameters"):
         wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # else each gradient is there twice, and copied
         )
     _world.wrapped.append(wrapped)
     return wrapped
+
+
+def without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within it, backward passes of what `wrap_ddp` made leave gradients to this rank alone."""
+    if any(model is wrapped for wrapped in _world.wrapped):
+        return model.no_sync()  # type: ignore[operator]
+    return contextlib.nullcontext()
 
 
 def cleanup() -> None:
