@@ -14,10 +14,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Other ranks wait while rank 0 does work of its own: above the longest such work.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
-
 JOIN_TIMEOUT = timedelta(minutes=30)  # from the first rank's start to the last one's
-
 LONG_WAIT_S = 600.0  # from then on a rank that waits for the others says so
 
 # MPI_Abort can be quicker than mpiexec's forwarding of what the failing rank just printed.
@@ -281,15 +279,6 @@ def broadcast_object(value: Value, *, what: str = "a broadcast") -> Value:
     return box[0]
 
 
-def from_main(make: Callable[[], Value], *, what: str) -> Value:
-    """What `make` returns on rank 0, which alone calls it (anything that pickles), on every rank.
-
-    Where it raises, rank 0 ends the others as for any error of a rank.
-    """
-    own = make() if is_main() else None
-    return cast(Value, broadcast_object(own, what=what))
-
-
 def gather_objects(value: Value, *, what: str = "a gathering") -> list[Value]:
     """Every rank's `value` (anything that pickles), in order of ranks, on every rank."""
     if _world.size == 1:
@@ -344,21 +333,6 @@ def take_max_over_ranks(values: Tensor, *, what: str = "a maximum over ranks") -
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
 
 
-def mean_over_ranks(
-    values: Mapping[str, float], counts: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Means over the ranks that have a key, weighted by `counts` (1 each by default).
-
-    All ranks must call; their keys may differ.
-    """
-    weights = dict.fromkeys(values, 1.0) if counts is None else counts
-    own = {key: (value * weights[key], weights[key]) for key, value in values.items()}
-    gathered = gather_objects(own, what="the means to log")
-    keys = dict.fromkeys(key for part in gathered for key in part)
-    sums = {key: [part[key] for part in gathered if key in part] for key in keys}
-    return {key: sum(v for v, _ in pairs) / sum(n for _, n in pairs) for key, pairs in sums.items()}
-
-
 def wrap_ddp(model: nn.Module) -> nn.Module:
     """`model` with rank 0's parameters and gradients averaged over ranks; itself when alone."""
     if _world.size == 1:
@@ -392,9 +366,8 @@ def cleanup() -> None:
     if _world.started and _world.size > 1:
         import torch
 
-        for (
-            module
-        ) in _world.wrapped:  # whoever still holds one would keep the group and its threads
+        # Whoever still holds one would keep the group and its threads.
+        for module in _world.wrapped:
             del module.process_group, module.reducer, module.logger
         torch.distributed.destroy_process_group()
     _world.__dict__.update(_World().__dict__)

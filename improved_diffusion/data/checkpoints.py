@@ -291,9 +291,8 @@ def save_run(
 
     `ema_states` by rate; `opt_state`: all else that an exact resume needs. Nothing may change them
     meanwhile: see `snapshot`. `latest_only` leaves only `*_latest.pt` of this set, `keep` the newest
-    so many numbered sets (0: all).
-    Raises OSError with a clear message where the disk is full or the folder not writable; what was
-    written of the set is removed then.
+    so many numbered sets (0: all). Raises OSError where the disk is full or the folder not writable;
+    what was written of the set is removed then.
     """
     weights = {"model": model_state, **{paths.ema_kind(rate): s for rate, s in ema_states.items()}}
     contents: dict[str, Any] = {
@@ -359,7 +358,6 @@ def snapshot(value: Any) -> Any:
 
 
 def _portable(value: Any) -> Any:
-    """`value` with every tensor inside contiguous on the CPU."""
     return _with_tensors(value, lambda tensor: tensor.detach().cpu().contiguous())
 
 

@@ -40,7 +40,8 @@ def resolve_train_options(
         precision = fp16_util.resolve_precision(train.precision, dist_util.dev())
         return (found.T, found.image_size), precision
 
-    measured, precision = dist_util.from_main(look, what="looking at the data set")
+    found = look() if dist_util.is_main() else ((0, 0), "")
+    measured, precision = dist_util.broadcast_object(found, what="looking at the data set")
     spec = find(measured=measured)
     T = spec.T if train.T == -1 else train.T
     train = dataclasses.replace(train, T=T, precision=precision)
