@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from improved_diffusion.config import ModelConfig
-from improved_diffusion.nn import compile_network
+from improved_diffusion.nn import compile_network, doubled_conv3x3
 from improved_diffusion.rpe import distance_features
 from improved_diffusion.unet import (
     FactorizedAttentionBlock,
@@ -146,6 +146,19 @@ def test_one_row_of_timesteps_and_frames_stands_for_all_videos():
         shared = model(x, timesteps, frame_indices=frames, **options)
         repeated = model(x, timesteps.expand(B), frame_indices=frames.expand(B, -1), **options)
     assert (shared - repeated).abs().max() < 1e-5 * repeated.abs().max()
+
+
+def test_a_convolution_of_doubled_images_never_makes_them():
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    out = doubled_conv3x3(x, weight, bias)
+    torch.testing.assert_close(out, expected)
+    mine = torch.autograd.grad(out.cos().sum(), inputs)
+    theirs = torch.autograd.grad(expected.cos().sum(), inputs)
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_bfloat16_stays_within_four_percent_of_float32():
