@@ -17,6 +17,7 @@ from improved_diffusion.nn import (
     GroupNorm32,
     conv3x3,
     doubled_conv3x3,
+    in_autocast_dtype,
     timestep_embedding,
     zero_module,
 )
@@ -252,7 +253,7 @@ class UNetVideoModel(nn.Module):
         context = FrameContext(
             num_frames=num_frames,
             time_embedding=emb,
-            distances=distance_features(frame_indices),
+            distances=in_autocast_dtype(distance_features(frame_indices)),
             attention_mask=real[:, :, None] == real[:, None, :],
         )
         hidden = frames.contiguous(memory_format=torch.channels_last)

@@ -72,6 +72,12 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 100
     return F.pad(embedding, (0, channels % 2))
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` as autocast gives it to layers: rounded once here, where many layers read it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def ema_decay(rate: float, step: int, *, warmup: bool) -> float:
     """The share of the old average after update number `step` (from 1); warmup starts it low."""
     return min(rate, (1 + step) / (10 + step)) if warmup else rate
