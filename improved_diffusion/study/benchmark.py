@@ -19,6 +19,7 @@ from improved_diffusion.data import paths
 from improved_diffusion.study import benchmark_cases, speed
 from improved_diffusion.study.benchmark_cases import DATA_CASES, NETWORK_CASES
 from improved_diffusion.study.benchmark_table import Row
+from improved_diffusion.study.estimate import format_estimates
 from improved_diffusion.study.options import BenchmarkConfig
 from improved_diffusion.study.workload import SIZES, Size, Workload
 
@@ -38,16 +39,10 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     Raises ValueError for an unknown name, a device that is not there or an impossible size.
     """
     chosen = choose("measure", config.measure, [*NETWORK_CASES, *DATA_CASES])
-    precisions = choose("precision", config.precision, benchmark_cases.DTYPES)
-    sizes = resolve_sizes(config)
     device = speed.open_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    workloads = [
-        Workload(name, size, precision, device, config)
-        for name, size in networks(sizes).items()
-        for precision in precisions
-    ]
+    sizes, workloads = resolve_sizes(config), resolve_workloads(config, device)
     rows: list[Row] = []
     for workload in workloads:
         for measure in (name for name in NETWORK_CASES if name in chosen):
@@ -65,6 +60,21 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     with paths.atomic_write(config.out) as file:
         file.write(json.dumps(report, indent=2).encode())
     return report
+
+
+def estimate_benchmark(config: BenchmarkConfig) -> str:
+    """What the networks of `config` would cost on GPUs, as a table; ValueError for an unknown name."""
+    return format_estimates(resolve_workloads(config, torch.device("cpu")))
+
+
+def resolve_workloads(config: BenchmarkConfig, device: torch.device) -> list[Workload]:
+    """The networks of the sizes, each in each arithmetic; ValueError for an unknown name."""
+    precisions = choose("precision", config.precision, measures.DTYPES)
+    return [
+        Workload(name, size, precision, device, config)
+        for name, size in networks(resolve_sizes(config)).items()
+        for precision in precisions
+    ]
 
 
 def choose(flag: str, text: str, known: Collection[str]) -> list[str]:
