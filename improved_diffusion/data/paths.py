@@ -211,6 +211,10 @@ class CheckpointName(NamedTuple):
     step: int | None
 
 
+# The pose network for colour_mazes and maze_laps, in the source tree.
+POSE_NETWORK = Path(__file__).resolve().parents[2] / "checkpoints/pretrained/poses/ray_mazes.pt"
+
+
 def checkpoints_root() -> str:
     """The folder of all runs: DIFFUSION_BLOB_LOGDIR, or `checkpoints`."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or "checkpoints"
