@@ -69,7 +69,7 @@ def estimate_benchmark(config: BenchmarkConfig) -> str:
 
 def resolve_workloads(config: BenchmarkConfig, device: torch.device) -> list[Workload]:
     """The networks of the sizes, each in each arithmetic; ValueError for an unknown name."""
-    precisions = choose("precision", config.precision, measures.DTYPES)
+    precisions = choose("precision", config.precision, benchmark_cases.DTYPES)
     return [
         Workload(name, size, precision, device, config)
         for name, size in networks(resolve_sizes(config)).items()
