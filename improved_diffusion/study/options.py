@@ -114,6 +114,11 @@ class BenchmarkConfig:
         False, "recompute activations in the backward pass to save memory", flag=True
     )
     compile: bool = option(False, "compile the network", flag=True)
+    estimate: bool = option(
+        False,
+        "measure nothing: count what a forward call and an update would cost on an A100 and an H100",
+        flag=True,
+    )
     repeats: int = option(3, "timed calls of each kind; the table shows their median")
     device: str = option("", "torch device (default: cuda if there is one)")
     threads: int = option(0, "threads of the CPU (0: as torch chooses)")
