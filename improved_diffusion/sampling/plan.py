@@ -130,7 +130,12 @@ class Task:
         Raises ValueError or FileNotFoundError for a user's mistake.
         """
         device = machine.default_device(options.device)
-        model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
+        model = TrainedModel.load(
+            options.checkpoint_path,
+            device,
+            compile=options.compile,
+            cuda_graphs=options.cuda_graphs,
+        )
         dataset = options.override_dataset or model.dataset
         if not dataset:
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
@@ -78,7 +79,7 @@ class TrainConfig:
     use_fp16: bool = option(False, "float16 with loss scaling (CUDA only)")
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
     precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
-    compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    compile: bool = option(False, COMPILE_HELP)
     resample_observed: float = option(
         0.0, "share of items whose observed frames are the network's own denoising of them"
     )
