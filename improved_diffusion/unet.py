@@ -25,6 +25,7 @@ from improved_diffusion.rpe import RPEAttention, distance_features
 
 # Channels of each level in units of num_channels, outermost first.
 CHANNEL_MULTIPLIERS = {
+    16: (1, 2, 2),
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),

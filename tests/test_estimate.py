@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import call_main
-from improved_diffusion.study import estimate, measures, speed
+from improved_diffusion.study import benchmark_cases, estimate, speed
 from improved_diffusion.study.options import BenchmarkConfig
 from improved_diffusion.study.workload import Size, Workload
 
@@ -43,7 +43,7 @@ def test_every_norm_is_one_kernel_each_way():
 
 def test_flops_are_those_that_the_benchmark_counts():
     model, _ = workload("fp32").build()
-    counted = speed.count_gflop(measures.forward_call(workload("fp32"), model))
+    counted = speed.count_gflop(benchmark_cases.forward_call(workload("fp32"), model))
     kernels = estimate.estimate(workload("fp32"), "forward")
     attention = sum(k.flops for k in kernels if "attention" in k.op) / 1e9
     estimated = sum(k.flops for k in kernels) / 1e9

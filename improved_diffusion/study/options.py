@@ -13,7 +13,16 @@ from improved_diffusion.config import (
     option,
     owned_options,
 )
-from improved_diffusion.registry import FEATURES, METRICS, STRATEGIES
+from improved_diffusion.registry import (
+    FEATURES,
+    FRAME_METRICS,
+    STRATEGIES,
+    VIDEO_METRICS,
+    JoinedRegistry,
+)
+
+# Those that give one number: what a study's tables hold.
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the benchmark measures, a function each: calls of the network, updates, samplers, data, masks."""
+"""What the benchmark can measure, a function each: calls of the network, updates, samplers, data, masks."""
 
 from __future__ import annotations
 
@@ -223,12 +223,12 @@ def _rate_row(name: str, what: str, seconds: Sequence[float], number: int, unit:
     )
 
 
-NETWORK_MEASURES: dict[str, Callable[[Workload], list[Row]]] = {
+NETWORK_CASES: dict[str, Callable[[Workload], list[Row]]] = {
     "forward": measure_forward,
     "train": measure_train,
     "sampling": measure_sampling,
 }
-DATA_MEASURES: dict[str, Callable[[str, Size, int], Row]] = {
+DATA_CASES: dict[str, Callable[[str, Size, int], Row]] = {
     "data": measure_data,
     "masks": measure_masks,
 }
