@@ -13,7 +13,7 @@ from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import add_border, write_video
 from improved_diffusion.evaluation.options import GifConfig
-from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.results import EvalDir, load_video, shared_samples
 from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,7 @@ def make_gallery(config: GifConfig) -> list[Path]:
 
 def _videos(config: GifConfig, sources: list[Source]) -> dict[int, list[int]]:
     """{video: samples} that all directories have, of those that the options ask for."""
-    shared = {
-        video: [i for i in samples if all(i in other.samples.get(video, ()) for other in sources)]
-        for video, samples in sources[0].samples.items()
-    }
-    shared = {video: samples for video, samples in shared.items() if samples}
+    shared = shared_samples([source.samples for source in sources])
     if not shared:
         raise ValueError(f"{' and '.join(config.eval_dir)}: no sample is in all of them")
     return dict(list(shared.items())[: config.num_videos])

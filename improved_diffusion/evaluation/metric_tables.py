@@ -192,15 +192,29 @@ def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{name if width else '':{width}}{mode:8} {row['n']:6d} {len(info['samples']):7d} "
                 f"{numbers} {row['infinite']:9d}"
             )
-            notes += _notes(mode, row)
+            notes += how_computed(mode, row)
     return "\n".join(lines + list(dict.fromkeys(notes)))
+
+
+def plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
+    """A summary's mean and standard error, this with two digits and both to the same place.
+
+    sign: "+" to show it of positive numbers, too. "-" where there is no mean.
+    """
+    mean, error = row["mean"], row["standard_error"]
+    if mean is None:
+        return "-"
+    if not error:
+        return f"{mean:{sign}.4g}"
+    places = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{mean:{sign}.{places}f} ± {error:.{places}f}"
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
 
 
-def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
+def how_computed(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
     """How a metric was computed, and what it is between true videos."""
     if row.get("settings"):
         yield f"{mode}: " + ", ".join(f"{key} {value}" for key, value in row["settings"].items())
