@@ -36,7 +36,7 @@ setup(
         "wandb>=0.17",
         "imageio>=2.34,<3",
         "imageio-ffmpeg>=0.5.1",
-        "pillow",
+        "pillow>=10.1",
         "lpips==0.1.4",
         "scikit-image>=0.24",
         "matplotlib>=3.8",
