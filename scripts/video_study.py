@@ -11,9 +11,15 @@ from pathlib import Path
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 from improved_diffusion.study.options import StudyConfig
 
+EPILOG = """\
+examples:
+  python scripts/video_study.py bouncy_balls
+  python scripts/video_study.py memory_mazes --list
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, StudyConfig)
     parser.add_argument(
         "--only", nargs="+", default=[], help="commands whose names match one of these patterns"

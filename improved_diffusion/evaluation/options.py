@@ -70,6 +70,9 @@ class EvalConfig:
     allow_differences: bool = option(
         False, "compare tables of different n, T, frames or settings all the same", flag=True
     )
+    log_to_wandb: bool = option(
+        False, "log the tables and some videos to the wandb run that trained the network", flag=True
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
