@@ -107,7 +107,7 @@ def test_scores_and_paired_differences_are_those_of_the_tables(folders):
         (tables[0]["psnr"] - tables[1]["psnr"], "+"),
     ):
         row = evaluate.metric_tables.summarise(values)
-        shown = evaluate.metric_tables.plus_minus(row, sign)
+        shown = evaluate.metric_tables.plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
         assert f"<td>{shown}<small>n = 3</small></td>" in page
 
 

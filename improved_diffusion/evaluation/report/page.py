@@ -132,7 +132,8 @@ def _cell(row: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
     if row is None or row["mean"] is None:
         return "-", ""
     infinite = f", {row['infinite']} infinite" if row.get("infinite") else ""
-    return metric_tables.plus_minus(row, sign), f"n = {row['n']}{infinite}"
+    shown = metric_tables.plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
+    return shown, f"n = {row['n']}{infinite}"
 
 
 def _summary(strategy: Strategy, mode: str) -> Mapping[str, Any] | None:
