@@ -1,7 +1,8 @@
 """Compare inference strategies on a small data set by the documented commands, one after the other.
 
 Commands that are done are skipped; --only spreads them over sittings and processes. Writes
-<out>/tables.md, the plots <out>/<sampler>.png, and an evaluation directory per strategy.
+<out>/tables.md, plots and a report of each sampler (<out>/<sampler>.png, .html), and an evaluation
+directory per strategy.
 """
 
 import argparse

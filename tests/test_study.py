@@ -118,7 +118,7 @@ def test_impossible_studies_are_refused(options, message):
 def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
     monkeypatch.setattr(study_report, "GAP_FRAMES", 2)
     study.run(config, run_script=ran)
-    assert len(ran) == len(study.commands(config)) == 11
+    assert len(ran) == len(study.commands(config)) == 13
     report = study_report.write_report(config).read_text()
     for row in ("dpmpp2m_2 | autoreg", "dpmpp2m_2 | hierarchy-2", "ddpm_3 | autoreg"):
         assert f"| {row} | " in report

@@ -39,8 +39,9 @@ def strategy_names(eval_dirs: Sequence[EvalDir]) -> list[str]:
 
     Their modes; or else those with their options; with the sampler; the folders' names; their paths.
     """
-    candidates = zip(*map(_names, eval_dirs), strict=True)
-    return list(next(names for names in candidates if len(set(names)) == len(eval_dirs)))
+    candidates = list(zip(*map(_names, eval_dirs), strict=True))
+    distinct = (names for names in candidates if len(set(names)) == len(eval_dirs))
+    return list(next(distinct, candidates[-1]))  # one directory twice has one name
 
 
 def _names(eval_dir: EvalDir) -> list[str]:
@@ -124,6 +125,8 @@ def sample_command(eval_dir: EvalDir) -> str | None:
         if item.name == "sampler" and value == "ddpm":
             continue
         words += [f"--{item.name}", *([] if value is True else [str(value)])]
+    if stored.get("dataset", "") not in ("", eval_dir.model_config().get("dataset")):
+        words += ["--override_dataset", stored["dataset"]]
     samples = eval_dir.samples()
     number = 1 + max(map(max, samples.values()))
     words += ["--num_samples", str(number)] if number > 1 else []
