@@ -69,11 +69,12 @@ def _log_checkpoint(run: WandbRun, checkpoint: str, tables: list[Path], videos: 
     for table in tables:
         strategy, info = table.resolve().parent.name, metric_tables.read_info(table)
         numbers = {}
-        for mode, row in info["metrics"].items():
-            numbers[f"eval/{checkpoint}/{strategy}/{mode}"] = row["mean"]
-            settings = json.dumps(row.get("settings", {}), sort_keys=True)
+        for label, row in metric_tables.labelled_rows(info):
+            numbers[f"eval/{checkpoint}/{strategy}/{label}"] = row["mean"]
+            of_metric = info["metrics"][label.partition(" ")[0]]
+            settings = json.dumps(of_metric.get("settings", {}), sort_keys=True)
             shown = row["n"], len(info["samples"]), row["mean"], row["standard_error"]
-            rows.append([strategy, mode, *shown, settings])
+            rows.append([strategy, label, *shown, settings])
         run.log({name: value for name, value in numbers.items() if value is not None}, None)
         path = _gif(table.parent, videos / f"{checkpoint}_{strategy}.gif")
         if path:

@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from improved_diffusion.evaluation.options import ReportConfig, as_words
 from improved_diffusion.evaluation.plots import axis_label, count_label
 from improved_diffusion.evaluation.report.numbers import Numbers, Strategy, gather_numbers
 from improved_diffusion.evaluation.report.videos import Videos, gather_videos
-from improved_diffusion.registry import FRAME_METRICS, METRICS, VIDEO_METRICS
+from improved_diffusion.registry import FRAME_METRICS, METRICS, SAMPLE_METRICS, VIDEO_METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def render(config: ReportConfig, numbers: Numbers, videos: Videos) -> str:
         panels=[("truth", False)] * bool(videos.truth) + [(s.name, True) for s in strategies],
         plots=[plot["label"] for plot in plots(strategies)],
         samples=videos.samples,
-        scores=score_table(strategies),
-        differences=[difference_table(strategies, base) for base in strategies],
+        scores=score_tables(strategies),
+        differences=[difference_tables(strategies, base) for base in strategies],
         notes=notes(strategies),
         shared=shared,
         own=[name for name in facts if name not in shared],
@@ -94,38 +94,67 @@ def _swatch(position: int) -> dict[str, str]:
 # ---------------------------------------------------------------- tables
 
 
-Rows = list[tuple[str, list[tuple[str, str]]]]
+class Table(NamedTuple):
+    """Rows are (strategy, cells), a cell is (mean and standard error, n)."""
+
+    caption: str
+    heads: list[str]
+    rows: list[tuple[str, list[tuple[str, str]]]]
 
 
-def _modes(strategies: Sequence[Strategy]) -> list[str]:
-    """The metrics that any of them has, in the order of METRICS, then the bound."""
-    found = [mode for mode in METRICS if any(mode in s.table.values for s in strategies)]
-    return found + [BITS] * any(s.bits for s in strategies)
+class Score(NamedTuple):
+    """A number that strategies are compared by: a metric, or one column of those that have several."""
+
+    mode: str  # a name in METRICS, or BITS
+    head: str
+    column: int | None = None
 
 
-def score_table(strategies: Sequence[Strategy]) -> tuple[list[str], Rows]:
-    """Column heads, and rows: name, then (mean and standard error, n) of each metric."""
-    modes = _modes(strategies)
-    rows = [(s.name, [_cell(_summary(s, mode)) for mode in modes]) for s in strategies]
-    floors = [_floor(strategies, mode) for mode in modes]
-    if any(floors):
-        rows.append(("true videos, real against real", [floor or ("-", "") for floor in floors]))
-    return [_head(mode) for mode in modes], rows
+def score_tables(strategies: Sequence[Strategy]) -> list[Table]:
+    """Means over videos: a table of all metrics with one number, one of each that has several."""
+    tables = []
+    for caption, scores in _scores(strategies):
+        rows = [(s.name, [_cell(_summary(s, score)) for score in scores]) for s in strategies]
+        floors = [_floor(strategies, score.mode) for score in scores]
+        if any(floors):
+            cells = [floor or ("-", "") for floor in floors]
+            rows.append(("true videos, real against real", cells))
+        said = f"{caption}Mean ± standard error over n videos"
+        tables.append(Table(said, [score.head for score in scores], rows))
+    return tables
 
 
-def difference_table(strategies: Sequence[Strategy], base: Strategy) -> tuple[list[str], Rows]:
+def difference_tables(strategies: Sequence[Strategy], base: Strategy) -> list[Table]:
     """The same of differences from `base`, paired over videos."""
-    modes = [mode for mode in _modes(strategies) if mode not in VIDEO_METRICS]
-    rows = [
-        (s.name, [_cell(_difference(s, base, mode), "+") for mode in modes])
-        for s in strategies
-        if s is not base
+    tables = []
+    for caption, scores in _scores(strategies):
+        paired = [score for score in scores if score.mode not in VIDEO_METRICS]
+        rows = [
+            (s.name, [_cell(_difference(s, base, score), "+") for score in paired])
+            for s in strategies
+            if s is not base
+        ]
+        said = f"{caption}Difference from {base.name}, paired over the same n videos"
+        if paired and rows:
+            tables.append(Table(said, [score.head for score in paired], rows))
+    return tables
+
+
+def _scores(strategies: Sequence[Strategy]) -> list[tuple[str, list[Score]]]:
+    """(start of the caption, scores) of each table, in the order of METRICS; the bound is the last."""
+    found = [mode for mode in METRICS if any(mode in s.table.values for s in strategies)]
+    single = [Score(mode, axis_label(mode)) for mode in found if mode not in SAMPLE_METRICS]
+    if any(strategy.bits for strategy in strategies):
+        single.append(Score(BITS, "bits/dim"))
+    several = [
+        (
+            f"{axis_label(mode)}. ",
+            [Score(mode, name, i) for i, name in enumerate(SAMPLE_METRICS[mode].columns)],
+        )
+        for mode in found
+        if mode in SAMPLE_METRICS
     ]
-    return [_head(mode) for mode in modes], rows
-
-
-def _head(mode: str) -> str:
-    return "bits/dim" if mode == BITS else axis_label(mode)
+    return ([("", single)] if single else []) + several
 
 
 def _cell(row: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
@@ -136,10 +165,11 @@ def _cell(row: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
     return shown, f"n = {row['n']}{infinite}"
 
 
-def _summary(strategy: Strategy, mode: str) -> Mapping[str, Any] | None:
-    if mode == BITS:
+def _summary(strategy: Strategy, score: Score) -> Mapping[str, Any] | None:
+    if score.mode == BITS:
         return _bits_summary(list(strategy.bits.values()))
-    return strategy.table.info.get("metrics", {}).get(mode)
+    row = strategy.table.info.get("metrics", {}).get(score.mode)
+    return row if row is None or score.column is None else row["columns"][score.column]
 
 
 def _bits_summary(bits: list[float]) -> dict[str, Any]:
@@ -147,19 +177,23 @@ def _bits_summary(bits: list[float]) -> dict[str, Any]:
     return {"n": len(bits), "mean": mean, "standard_error": error}
 
 
-def _difference(strategy: Strategy, base: Strategy, mode: str) -> Mapping[str, Any] | None:
+def _difference(strategy: Strategy, base: Strategy, score: Score) -> Mapping[str, Any] | None:
     """None where the two were not computed on the same frames of the same videos."""
-    if mode == BITS:
+    if score.mode == BITS:
         videos = strategy.bits.keys() & base.bits.keys()
         return _bits_summary([strategy.bits[video] - base.bits[video] for video in videos])
     tables = strategy.table, base.table
-    if not all(mode in table.values for table in tables):
+    if not all(score.mode in table.values for table in tables):
         return None
     ours, theirs = ([t.info.get(k) for k in metric_tables.COMPARED] for t in tables)
     if ours != theirs:
         return None
+    values, others = (table.values[score.mode] for table in tables)
     with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
-        return metric_tables.summarise(tables[0].values[mode] - tables[1].values[mode])
+        difference = values - others
+    return metric_tables.summarise(
+        difference if score.column is None else difference[..., score.column]
+    )
 
 
 def _floor(strategies: Sequence[Strategy], mode: str) -> tuple[str, str] | None:
