@@ -136,8 +136,9 @@ def sample_video(
     *,
     max_frames: int | None = None,
     step_size: int | None = None,
-    sampler: str = "dpmpp2m",
-    steps: int = 20,
+    sampler: str = "unipc",
+    spacing: str = "logsnr",
+    steps: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
     """Continue uint8 [n, H, W, 3] to uint8 [T, H, W, 3]; ValueError for what does not fit.
@@ -158,6 +159,8 @@ def sample_video(
         raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
     videos = np.zeros((1, T, 3, size, size), np.uint8)
     videos[0, :num_observed] = observed_frames.transpose(0, 3, 1, 2)
-    maker = VideoSampler(model.denoiser(str(steps)), model.device, sampler=sampler, seed=seed)
+    maker = VideoSampler(
+        model.denoiser(str(steps), spacing=spacing), model.device, sampler=sampler, seed=seed
+    )
     list(maker.sample(chosen, videos, [Job(0, 0)]))
     return np.ascontiguousarray(videos[0].transpose(0, 2, 3, 1))

@@ -206,3 +206,19 @@ class SolverConfig:
         check_choices(self)
         if min(self.calls, default=0) < 2:
             raise ValueError(f"--calls {self.calls}: give numbers from 2")
+
+
+@dataclass(frozen=True)
+class GuidanceSweepConfig:
+    """The sweep over guidance (guidance_sweep.py)."""
+
+    weights: tuple[float, ...] = option(
+        (1.0, 1.25, 1.5, 2.0, 3.0), "values of --guidance", nargs="+", item_type=float
+    )
+    against: tuple[str, ...] = option(
+        ("nothing", "recent", "subset"),
+        "values of --guidance_against, checkpoint files among them",
+        nargs="+",
+        item_type=str,
+        commas=False,
+    )
