@@ -38,7 +38,7 @@ MAX_BAD_STEPS = 5  # updates in a row that may be skipped for numbers that are n
 
 
 @dataclass(frozen=True)
-class Measures:
+class Monitoring:
     """What is measured while training, and with what."""
 
     sample_diffusion: GaussianDiffusion  # the process to draw samples with (fewer steps)
@@ -54,7 +54,7 @@ class TrainLoop:
         data: training items, indexed by the keys of ShardedSampler.
         config: the training options.
         run: from `open_run`; its options are written into checkpoints.
-        measures: what is measured and drawn on the way.
+        monitoring: what is measured and drawn on the way.
 
     Raises ValueError for float16 without a GPU and for weights that do not fit the model.
     """
@@ -67,9 +67,9 @@ class TrainLoop:
         config: TrainConfig,
         *,
         run: Run,
-        measures: Measures,
+        monitoring: Monitoring,
     ) -> None:
-        self.config, self.data, self.measures = config, data, measures
+        self.config, self.data, self.monitoring = config, data, monitoring
         self.run = run.forget_start()
         weights = run.state.model_state if run.state else run.weights
         if weights is not None:
@@ -297,7 +297,7 @@ class TrainLoop:
 
         Masks, timesteps and noise of a video are the same every time.
         """
-        data = self.measures.valid_data
+        data = self.monitoring.valid_data
         assert data is not None, "--valid_interval without held-out videos"
         videos = min(self.config.valid_videos, len(data))
         values = []
@@ -329,7 +329,7 @@ class TrainLoop:
     def _draw_samples(self) -> None:
         """Sample the latent frames of a few fixed items with the first EMA; write them as gifs."""
         files = []
-        with self.train_step.ema_denoiser(self.measures.sample_diffusion) as denoiser:
+        with self.train_step.ema_denoiser(self.monitoring.sample_diffusion) as denoiser:
             for index in range(min(NUM_SAMPLES, len(self.data))):
                 if signals.received():
                     break

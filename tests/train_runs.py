@@ -83,7 +83,7 @@ def make_loop(
         data,
         train,
         run=open_run(train, stored),
-        measures=train_util.Measures(create_diffusion(short), valid_data),
+        monitoring=train_util.Monitoring(create_diffusion(short), valid_data),
     )
 
 

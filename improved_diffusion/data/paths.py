@@ -211,6 +211,10 @@ class CheckpointName(NamedTuple):
     step: int | None
 
 
+# The pose network for colour_mazes and maze_laps, in the source tree.
+POSE_NETWORK = Path(__file__).resolve().parents[2] / "checkpoints/pretrained/poses/ray_mazes.pt"
+
+
 def checkpoints_root() -> str:
     """The folder of all runs: DIFFUSION_BLOB_LOGDIR, or `checkpoints`."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or "checkpoints"
@@ -315,6 +319,11 @@ def schedule_search_path(eval_dir: Path) -> Path:
 def schedule_step_path(eval_dir: Path, step: int) -> Path:
     """What the search for an optimal schedule has found for one inference step."""
     return eval_dir / "optimal_schedule" / f"step_{step:04d}.json"
+
+
+def record_path(eval_dir: Path, video: int, sample: int) -> Path:
+    """How one sampled video was made."""
+    return eval_dir / "records" / f"{sample_name(video, sample)}.json"
 
 
 def partial_path(eval_dir: Path, video: int, sample: int) -> Path:

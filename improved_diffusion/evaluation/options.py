@@ -70,6 +70,9 @@ class EvalConfig:
     allow_differences: bool = option(
         False, "compare tables of different n, T, frames or settings all the same", flag=True
     )
+    log_to_wandb: bool = option(
+        False, "log the tables and some videos to the wandb run that trained the network", flag=True
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -104,6 +107,29 @@ class NllConfig(SampleConfig):
     timestep_respacing: str = option(
         "", "bound the chain of these timesteps only: an integer or ddim<int> (empty: as trained)"
     )
+
+
+@dataclass(frozen=True)
+class PoseConfig:
+    """Training of the network that the metrics by place ask (pose_training.py)."""
+
+    dataset: tuple[str, ...] = option(
+        ("colour_mazes", "maze_laps"),
+        "data sets of true videos with poses, one network for all",
+        nargs="+",
+        item_type=str,
+    )
+    out: str = option("pose_network.pt", "file to write")
+    updates: int = option(2000, "updates (0: only test the network in --out)")
+    batch_size: int = option(8, "videos in an update")
+    lr: float = option(2e-3, "highest learning rate")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("", "torch device (default: cuda if there is one)")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        if self.updates < 0:
+            raise ValueError(f"--updates {self.updates}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -143,3 +169,27 @@ class GifConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "num_videos", "every", "width", "fps")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report of evaluation directories as one HTML file (report/)."""
+
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directories, side by side in this order; differences are from the first one until "
+        "another is chosen in the page (required)"
+    )
+    out: str = option("report.html", "HTML file to write")
+    title: str = option("", "heading of the page (default: the data set)")
+    num_videos: int | None = option(None, "test videos to show, the first ones (default: all)")
+    num_samples: int | None = option(None, "samples of each video to show (default: all)")
+    max_mb: float = option(25.0, "largest size of the file in 10^6 bytes; says what is left out")
+    fps: int = option(10, "frames per second at the speed 1")
+    allow_differences: bool = option(
+        False, "show tables of different n, T, frames or settings all the same", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_videos", "num_samples", "fps")
+        if not self.max_mb > 0:
+            raise ValueError(f"--max_mb {self.max_mb}: must be above 0")

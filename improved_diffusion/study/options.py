@@ -6,13 +6,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
     option,
     owned_options,
 )
-from improved_diffusion.registry import FEATURES, METRICS, STRATEGIES
+from improved_diffusion.registry import (
+    FEATURES,
+    FRAME_METRICS,
+    SAMPLERS,
+    SPACINGS,
+    STRATEGIES,
+    VIDEO_METRICS,
+    JoinedRegistry,
+)
+
+# Those that give one number: what a study's tables hold.
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,12 @@ class BenchmarkConfig:
     use_checkpoint: bool = option(
         False, "recompute activations in the backward pass to save memory", flag=True
     )
-    compile: bool = option(False, "compile the network", flag=True)
+    compile: bool = option(False, COMPILE_HELP, flag=True)
+    estimate: bool = option(
+        False,
+        "measure nothing: count what a forward call and an update would cost on an A100 and an H100",
+        flag=True,
+    )
     repeats: int = option(3, "timed calls of each kind; the table shows their median")
     device: str = option("", "torch device (default: cuda if there is one)")
     threads: int = option(0, "threads of the CPU (0: as torch chooses)")
@@ -177,3 +194,48 @@ class ComparisonConfig:
             raise ValueError(
                 f"--num_videos {self.num_videos}, --seconds {self.seconds}: must not be negative"
             )
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """The comparison of deterministic samplers at few calls (solver_errors.py)."""
+
+    samplers: tuple[str, ...] = option(
+        ("ddim", "dpmpp2m", "heun", "dpmpp3m", "unipc", "ipndm4"),
+        "deterministic samplers to compare, of",
+        choices=SAMPLERS,
+        nargs="+",
+        item_type=str,
+    )
+    spacings: tuple[str, ...] = option(
+        ("time", "logsnr", "rho7"),
+        "spacings to compare, of",
+        choices=SPACINGS,
+        nargs="+",
+        item_type=str,
+    )
+    calls: tuple[int, ...] = option(
+        (4, 6, 8, 10, 20), "network calls of a trajectory", nargs="+", item_type=int
+    )
+    reference_calls: int = option(1000, "network calls of the solution that errors are taken from")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if min(self.calls, default=0) < 2:
+            raise ValueError(f"--calls {self.calls}: give numbers from 2")
+
+
+@dataclass(frozen=True)
+class GuidanceSweepConfig:
+    """The sweep over guidance (guidance_sweep.py)."""
+
+    weights: tuple[float, ...] = option(
+        (1.0, 1.25, 1.5, 2.0, 3.0), "values of --guidance", nargs="+", item_type=float
+    )
+    against: tuple[str, ...] = option(
+        ("nothing", "recent", "subset"),
+        "values of --guidance_against, checkpoint files among them",
+        nargs="+",
+        item_type=str,
+        commas=False,
+    )

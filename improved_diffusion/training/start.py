@@ -15,7 +15,7 @@ from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.video_datasets import TrainDataset, get_train_dataset
 from improved_diffusion.sampling.trained_model import create_diffusion, create_model, image_sizes
-from improved_diffusion.train_util import Measures, TrainLoop
+from improved_diffusion.train_util import Monitoring, TrainLoop
 from improved_diffusion.training import run_lock, signals
 from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.runs import describe_run, open_run, record_run
@@ -87,7 +87,7 @@ def create_train_loop(
         items,
         train,
         run=run,
-        measures=Measures(create_diffusion(sample_process), valid_items),
+        monitoring=Monitoring(create_diffusion(sample_process), valid_items),
     )
 
 
