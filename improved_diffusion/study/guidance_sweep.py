@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,9 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
     for against, weight in itertools.product(config.against, config.weights):
         if weight == 1 and against != config.against[0]:
             continue  # the same samples
-        way = {"guidance": weight} | ({} if weight == 1 else {"guidance_against": against})
+        way: dict[str, Any] = {"guidance": weight}
+        if weight != 1:
+            way["guidance_against"] = against
         scores = _scores(dataclasses.replace(sampling, **way), metrics)
         shown = "-" if weight == 1 else against
         rows.append([f"{weight:g}", shown, *(_format(values) for values in scores)])
@@ -51,7 +54,8 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
 def _scores(options: SampleConfig, metrics: dict[str, FrameMetric]) -> list[np.ndarray]:
     """psnr, lpips, and lpips between the first two samples, [videos] each, of the sampled frames."""
     eval_dir, task = sample_dataset(options), Task.resolve(options)
-    sampled = np.setdiff1d(np.arange(task.plan.T), task.plan.strategy().observed_from_data)
+    observed = set(task.plan.strategy().observed_from_data)
+    sampled = [frame for frame in range(task.plan.T) if frame not in observed]
     source = task.source()
     rows = []
     for video in eval_dir.samples():
