@@ -399,10 +399,12 @@
     show(state.frame);
   }
 
-  // The whole factor by which videos are about as wide as a hand, or half a phone.
+  // The whole factor by which all videos stand in one row, or, where they would be too small, two on a phone.
   function fittingZoom() {
     const width = Math.max(...panels.map((panel) => (panel.video ? panel.video.width : 1)));
-    const room = Math.min(200, (document.documentElement.clientWidth - 56) / 2);
+    const all = document.querySelector(".panels").clientWidth, gap = 16, border = 8;
+    const inOneRow = (all - gap * (panels.length - 1)) / panels.length - border;
+    const room = Math.min(200, inOneRow >= 120 ? inOneRow : (all - gap) / 2 - border);
     return Math.max(1, Math.floor(room / width));
   }
 
