@@ -411,6 +411,8 @@
   function resize() {
     for (const panel of panels)
       if (panel.video) panel.figure.style.setProperty("--video-width", `${panel.video.width * state.zoom}px`);
+    const widest = Math.max(...panels.map((panel) => (panel.video ? panel.video.width : 1))) * state.zoom;
+    document.querySelector(".panels").style.setProperty("--widest", `${widest}px`);
     byId("zoom").value = `${state.zoom}×`;
     const scale = window.devicePixelRatio || 1;
     for (const panel of panels) {
