@@ -182,18 +182,31 @@ def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
     infos: {name: content of a table's .json}; the names are shown where there are several.
     """
     width = max(map(len, infos)) + 2 if len(infos) > 1 else 0
-    header = f"{'metric':8} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
-    lines = [f"{'':{width}}{header} {'infinite':>9}"]
+    rows = [row for info in infos.values() for row in info["metrics"].values()]
+    wide = max([8, *(len(mode) for info in infos.values() for mode in info["metrics"])])
+    header = f"{'metric':{wide}} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
+    header += f" {'infinite':>9}"
+    header += "  95 % interval" if any("interval" in row for row in rows) else ""
+    lines = [f"{'':{width}}{header}"]
     notes: list[str] = []
     for name, info in infos.items():
         for mode, row in info["metrics"].items():
             numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
             lines.append(
-                f"{name if width else '':{width}}{mode:8} {row['n']:6d} {len(info['samples']):7d} "
-                f"{numbers} {row['infinite']:9d}"
+                f"{name if width else '':{width}}{mode:{wide}} {row['n']:6d} "
+                f"{len(info['samples']):7d} {numbers} {row['infinite']:9d} {_range(row)}".rstrip()
             )
             notes += _notes(mode, row)
+            if "interval" in row:
+                half = f"{mode} of half as many videos"
+                notes.append(f"{name} {half}: {_number(row['interval']['at_half'])} on average")
     return "\n".join(lines + list(dict.fromkeys(notes)))
+
+
+def _range(row: Mapping[str, Any], key: str = "interval") -> str:
+    """The 95 % interval of a row, with a space before it; empty where it has none."""
+    found = row.get(key)
+    return f" [{_number(found['low'])}, {_number(found['high'])}]" if found else ""
 
 
 def _number(value: float | None) -> str:
@@ -207,11 +220,12 @@ def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
     if "floor" in row:
         floor = row["floor"]
         yield (
-            f"{mode} real against real: {_number(floor['value'])} between {floor['n']} true videos "
-            f"and {floor['n']} of the {floor['partition']} partition"
+            f"{mode} real against real: {_number(floor['value'])}{_range(floor)} between "
+            f"{floor['n']} true videos and {floor['n']} of the {floor['partition']} partition"
         )
         if "shared" in floor:
             yield (
-                f"{mode} real against real, observed frames shared: {_number(floor['shared'])} "
-                "between the same, which begin alike, as samples and their truth do"
+                f"{mode} real against real, observed frames shared: {_number(floor['shared'])}"
+                f"{_range(floor, 'shared_interval')} between the same, which begin alike, as samples "
+                "and their truth do"
             )
