@@ -20,7 +20,7 @@ from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
-from improved_diffusion.registry import FRAME_METRICS, METRICS
+from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.script_util import config_from_args
 

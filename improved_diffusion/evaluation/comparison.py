@@ -6,7 +6,6 @@ two numbers cancels in their difference.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,10 @@ from improved_diffusion.registry import METRICS
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of `other` minus that of `first`, names of evaluation directories; n videos."""
+    """A metric of `other` minus that of `first`, names of evaluation directories.
+
+    n: videos that count; those whose difference is infinite in every frame do not.
+    """
 
     metric: str
     first: str
@@ -50,9 +52,8 @@ def find_differences(measured: Mapping[str, Measurements]) -> list[Difference]:
         if not _of_the_same(first, other):
             continue
         for metric in [metric for metric in first.metrics if metric in other.metrics]:
-            interval = _interval(metric, first, other)
+            n, interval = _interval(metric, first, other)
             if interval is not None:
-                n = len(first.scored.videos)
                 found.append(Difference(metric, first_name, name, n, interval))
     return found
 
@@ -66,32 +67,37 @@ def _of_the_same(first: Measurements, other: Measurements) -> bool:
     return one == two
 
 
-def _interval(metric: str, first: Measurements, other: Measurements) -> Interval | None:
+def _interval(metric: str, first: Measurements, other: Measurements) -> tuple[int, Interval | None]:
+    """The videos that count, and the interval; None where there is none."""
     ready = first.metrics[metric]
     if ready.settings != other.metrics[metric].settings:
-        return None
+        return 0, None
     if ready.features is None:
-        values = [m.values(metric, ready.settings) for m in (first, other)]
-        if any(array is None for array in values):
-            return None
-        means = [_video_means(array) for array in values if array is not None]
-        differences = means[1] - means[0]
-        return mean_interval(differences[np.isfinite(differences)])
+        one, two = (m.values(metric, ready.settings) for m in (first, other))
+        if one is None or two is None:
+            return 0, None
+        differences = video_differences(one, two)
+        return len(differences), mean_interval(differences)
     digests = [
         [clip.digest for clips in m.scored.sample_clips for clip in clips]
         for m in (first, other)
     ]  # fmt: skip
     truth = [clip.digest for clip in first.scored.truth_clips]
     file = cache_name(f"difference_{metric}", digests, truth, ready.settings, HALVES)
-    return other.kept_interval(file, lambda: _distances_differ(metric, first, other), len(truth))
+    n = len(truth)
+    return n, other.kept_interval(file, lambda: _distances_differ(metric, first, other), n)
 
 
-def _video_means(values: np.ndarray) -> np.ndarray:
-    """[videos] means of [videos, samples, frames] over what is finite; NaN where nothing is."""
-    finite = np.where(np.isfinite(values), values, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a video of infinite values alone
-        return np.nanmean(finite, axis=(1, 2))
+def video_differences(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """[at most videos]: mean differences of `other` [videos, samples, frames] from `first`.
+
+    Samples are averaged first, of which there may be different numbers; frames whose difference is not
+    finite are left out, and so are videos of such frames alone.
+    """
+    with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf
+        frames = other.mean(axis=1) - first.mean(axis=1)
+    finite = [video[np.isfinite(video)] for video in frames]
+    return np.array([video.mean() for video in finite if len(video)])
 
 
 def _distances_differ(metric: str, first: Measurements, other: Measurements) -> Statistic | None:

@@ -7,6 +7,7 @@ run, so it has to come from somebody whom one trusts.
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,11 @@ def _load(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tensor]:
     """The network of a file; one that was replaced is loaded anew. Raises ValueError for others."""
     import torch
 
+    scripted = is_torchscript(path)
     try:
-        if is_torchscript(path):
+        if not scripted and not _is_exported(path):
+            raise ValueError("weights alone do not say how to compute")
+        if scripted:
             return torch.jit.load(str(path), map_location=device).eval()
         program = torch.export.load(str(path))
         if device != "cpu":
@@ -163,3 +167,12 @@ def _load(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tensor]:
             f"{path} is neither a TorchScript nor a torch.export file ({reason}): save the network "
             "with torch.jit.save or torch.export.save"
         ) from None
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether the archive holds a program of torch.export, of today's torch or an earlier one."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any("/models/" in name or "serialized_exported_program" in name for name in names)
