@@ -9,6 +9,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # kernels run in Python; read when Triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 
@@ -17,6 +19,16 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("SLURM_ARRAY_TASK_ID", "DIFFUSION_BLOB_LOGDIR", "DATA_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("METRIC_CACHE_DIR", str(tmp_path / "truth-features"))
+
+
+@pytest.fixture
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set to train on; checkpoints go below tmp_path, wandb is off."""
+    from train_runs import make_videos
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return make_videos(tmp_path / "videos")
 
 
 @pytest.fixture(autouse=True)

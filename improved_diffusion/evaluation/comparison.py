@@ -6,7 +6,7 @@ two numbers cancels in their difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,15 @@ import numpy as np
 from improved_diffusion.evaluation.cache import cache_name
 from improved_diffusion.evaluation.intervals import HALVES, Interval, mean_interval
 from improved_diffusion.evaluation.measurements import Measurements, Statistic
-from improved_diffusion.registry import METRICS
+from improved_diffusion.registry import METRICS, SAMPLE_METRICS
 
 
 @dataclass(frozen=True)
 class Difference:
     """A metric of `other` minus that of `first`, names of evaluation directories.
 
-    n: videos that count; those whose difference is infinite in every frame do not.
+    column: which of its numbers, of a metric that has several of each sample; else empty. n: videos
+    that count; those whose difference is infinite in every frame do not.
     """
 
     metric: str
@@ -29,6 +30,7 @@ class Difference:
     other: str
     n: int
     interval: Interval
+    column: str = ""
 
     @property
     def verdict(self) -> str:
@@ -52,9 +54,9 @@ def find_differences(measured: Mapping[str, Measurements]) -> list[Difference]:
         if not _of_the_same(first, other):
             continue
         for metric in [metric for metric in first.metrics if metric in other.metrics]:
-            n, interval = _interval(metric, first, other)
-            if interval is not None:
-                found.append(Difference(metric, first_name, name, n, interval))
+            for column, n, interval in _intervals(metric, first, other):
+                if interval is not None:
+                    found.append(Difference(metric, first_name, name, n, interval, column))
     return found
 
 
@@ -67,25 +69,36 @@ def _of_the_same(first: Measurements, other: Measurements) -> bool:
     return one == two
 
 
-def _interval(metric: str, first: Measurements, other: Measurements) -> tuple[int, Interval | None]:
-    """The videos that count, and the interval; None where there is none."""
+def _intervals(
+    metric: str, first: Measurements, other: Measurements
+) -> Iterator[tuple[str, int, Interval | None]]:
+    """Of each number of a metric: its column, the videos that count, the interval if there is one."""
     ready = first.metrics[metric]
     if ready.settings != other.metrics[metric].settings:
-        return 0, None
-    if ready.features is None:
-        one, two = (m.values(metric, ready.settings) for m in (first, other))
-        if one is None or two is None:
-            return 0, None
-        differences = video_differences(one, two)
-        return len(differences), mean_interval(differences)
+        return
+    if ready.features is not None:
+        yield "", len(first.scored.videos), _of_distances(metric, first, other)
+        return
+    one, two = (m.values(metric, ready.settings) for m in (first, other))
+    if one is None or two is None:
+        return
+    several = metric in SAMPLE_METRICS
+    columns = SAMPLE_METRICS[metric].columns if several else ("",)
+    for i, column in enumerate(columns):
+        chosen = slice(i, i + 1) if several else slice(None)
+        differences = video_differences(one[..., chosen], two[..., chosen])
+        yield column, len(differences), mean_interval(differences)
+
+
+def _of_distances(metric: str, first: Measurements, other: Measurements) -> Interval | None:
+    settings = first.metrics[metric].settings
     digests = [
         [clip.digest for clips in m.scored.sample_clips for clip in clips]
         for m in (first, other)
     ]  # fmt: skip
     truth = [clip.digest for clip in first.scored.truth_clips]
-    file = cache_name(f"difference_{metric}", digests, truth, ready.settings, HALVES)
-    n = len(truth)
-    return n, other.kept_interval(file, lambda: _distances_differ(metric, first, other), n)
+    file = cache_name(f"difference_{metric}", digests, truth, settings, HALVES)
+    return other.kept_interval(file, lambda: _distances_differ(metric, first, other), len(truth))
 
 
 def video_differences(first: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -119,8 +132,9 @@ def format_differences(differences: Sequence[Difference]) -> str:
     lines = []
     for difference in differences:
         found = difference.interval
+        label = f"{difference.metric} {difference.column}".rstrip()
         lines.append(
-            f"{difference.metric}: {difference.other} minus {difference.first}: {found.value:+.4g} "
+            f"{label}: {difference.other} minus {difference.first}: {found.value:+.4g} "
             f"[{found.low:+.4g}, {found.high:+.4g}] ({difference.n} videos, paired): "
             f"{difference.verdict}"
         )

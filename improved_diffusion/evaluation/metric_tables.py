@@ -177,29 +177,35 @@ def _in_short(value: Any) -> str:
 
 
 def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
-    """Summaries as text, a row for each metric of each table, then how they were computed.
+    """Summaries as text, a row for each metric (and column) of each table, then how they were computed.
 
     infos: {name: content of a table's .json}; the names are shown where there are several.
     """
+    rows = [
+        (name, label, len(info["samples"]), row)
+        for name, info in infos.items()
+        for label, row in _labelled_rows(info)
+    ]
     width = max(map(len, infos)) + 2 if len(infos) > 1 else 0
-    rows = [row for info in infos.values() for row in info["metrics"].values()]
-    wide = max([8, *(len(mode) for info in infos.values() for mode in info["metrics"])])
-    header = f"{'metric':{wide}} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
-    header += f" {'infinite':>9}"
-    header += "  95 % interval" if any("interval" in row for row in rows) else ""
-    lines = [f"{'':{width}}{header}"]
-    notes: list[str] = []
-    for name, info in infos.items():
-        for mode, row in info["metrics"].items():
-            numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
-            lines.append(
-                f"{name if width else '':{width}}{mode:{wide}} {row['n']:6d} "
-                f"{len(info['samples']):7d} {numbers} {row['infinite']:9d} {_range(row)}".rstrip()
-            )
-            notes += _notes(mode, row)
-            if "interval" in row:
-                half = f"{mode} of half as many videos"
-                notes.append(f"{name} {half}: {_number(row['interval']['at_half'])} on average")
+    label_width = max(8, *(len(label) for _, label, _, _ in rows)) if rows else 8
+    header = (
+        f"{'metric':{label_width}} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
+    )
+    intervals = "  95 % interval" if any("interval" in row for *_, row in rows) else ""
+    lines = [f"{'':{width}}{header} {'infinite':>9}{intervals}"]
+    for name, label, samples, row in rows:
+        numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
+        lines.append(
+            f"{name if width else '':{width}}{label:{label_width}} {row['n']:6d} {samples:7d} "
+            f"{numbers} {row['infinite']:9d} {_range(row)}".rstrip()
+        )
+    metrics = [item for info in infos.values() for item in info["metrics"].items()]
+    notes = [note for mode, row in metrics for note in _notes(mode, row)]
+    notes += [
+        f"{name} {label} of half as many videos: {_number(row['interval']['at_half'])} on average"
+        for name, label, _, row in rows
+        if "interval" in row
+    ]
     return "\n".join(lines + list(dict.fromkeys(notes)))
 
 
@@ -207,6 +213,15 @@ def _range(row: Mapping[str, Any], key: str = "interval") -> str:
     """The 95 % interval of a row, with a space before it; empty where it has none."""
     found = row.get(key)
     return f" [{_number(found['low'])}, {_number(found['high'])}]" if found else ""
+
+
+def _labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(metric, its summary), one for each column of those that have several."""
+    for mode, row in info["metrics"].items():
+        if "columns" in row:
+            yield from ((f"{mode} {column['name']}", column) for column in row["columns"])
+        else:
+            yield mode, row
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from improved_diffusion.evaluation.cache import cache_name
 from improved_diffusion.evaluation.intervals import LEVEL, Interval
 from improved_diffusion.evaluation.measurements import Measurements
 from improved_diffusion.evaluation.options import METRICS
-from improved_diffusion.registry import VIDEO_METRICS
+from improved_diffusion.registry import SAMPLE_METRICS, VIDEO_METRICS
 
 
 def write_table(measured: Measurements) -> bool:
@@ -55,9 +55,11 @@ def _foreign(measured: Measurements, before: Mapping[str, Any]) -> dict[str, np.
     arrays = metric_tables.read_table(measured.scored.path) if names else {}
     kept = {}
     for name in names:
-        of_videos = name in arrays and arrays[name].ndim == 1
-        values = measured.values(name, before[name].get("settings", {}), of_videos=of_videos)
-        if values is not None and name in arrays:
+        if name not in arrays:
+            continue
+        of_sample = "columns" if "columns" in before[name] else "frames"
+        kind = "videos" if arrays[name].ndim == 1 else of_sample
+        if measured.values(name, before[name].get("settings", {}), kind=kind) is not None:
             kept[name] = arrays[name]
     return kept
 
@@ -70,6 +72,13 @@ def _row(
     before: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A metric's summary; an earlier floor stays while it is about the same truth."""
+    if name in SAMPLE_METRICS:
+        names = SAMPLE_METRICS[name].columns
+        columns = [
+            {"name": column} | metric_tables.summarise(values[..., i])
+            for i, column in enumerate(names)
+        ]
+        return {"columns": columns, "settings": settings}
     if name not in VIDEO_METRICS:
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)
