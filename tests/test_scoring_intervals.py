@@ -10,10 +10,15 @@ from helpers import call_main, make_folder_dataset
 from improved_diffusion.evaluation import intervals, metric_tables
 from improved_diffusion.evaluation.comparison import video_differences
 from improved_diffusion.evaluation.evaluate import Outcome, evaluate
-from improved_diffusion.evaluation.metrics import FeatureExtractor, FrameMetric, VideoMetric
+from improved_diffusion.evaluation.metrics import (
+    FeatureExtractor,
+    FrameMetric,
+    SampleMetric,
+    VideoMetric,
+)
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.frechet_video_distance import frechet_distance
-from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
+from improved_diffusion.registry import FEATURES, FRAME_METRICS, SAMPLE_METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.script_util import config_from_args
 
@@ -226,6 +231,15 @@ class Red(FrameMetric):
         return samples[:, 0].mean(axis=(1, 2)).astype(float)
 
 
+class Ends(SampleMetric):
+    """of the last frame."""
+
+    columns = ("red", "red of the truth")
+
+    def compute(self, sample, truth):
+        return np.array([video[-1, 0].mean() for video in (sample, truth.frames)])
+
+
 class Centres(VideoMetric):
     """distance of the means."""
 
@@ -234,17 +248,21 @@ class Centres(VideoMetric):
 
 
 def test_metrics_that_only_another_process_knows_stay_as_they_stand(folders, tmp_path):
-    FRAME_METRICS["red"], VIDEO_METRICS["centres"] = Red, Centres
+    """And those of several columns are compared by column."""
+    FRAME_METRICS["red"], VIDEO_METRICS["centres"], SAMPLE_METRICS["ends"] = Red, Centres, Ends
     try:
-        score(folders[0], modes=("red", "centres", "psnr"), floor=True)
+        score(folders[0], modes=("red", "centres", "ends", "psnr"), floor=True)
+        of_ends = score(*folders, modes=("ends",)).differences
     finally:
-        del FRAME_METRICS["red"], VIDEO_METRICS["centres"]
+        del FRAME_METRICS["red"], VIDEO_METRICS["centres"], SAMPLE_METRICS["ends"]
+    assert [d.column for d in of_ends] == list(Ends.columns)
+    assert of_ends[0].interval.high < 0 == of_ends[1].interval.value
     (path,) = folders[0].path.glob("*.pkl")
     before, rows = metric_tables.read_table(path), info(folders[0])["metrics"]
     score(folders[0], modes=("ssim",))
     after = metric_tables.read_table(path)
-    assert set(after) == {"psnr", "ssim", "red", "centres"}
-    for name in ("red", "centres"):
+    assert set(after) == {"psnr", "ssim", "red", "centres", "ends"}
+    for name in ("red", "centres", "ends"):
         np.testing.assert_array_equal(after[name], before[name])
         assert info(folders[0])["metrics"][name] == rows[name]
     folders[0].save_sample(0, 0, sampled(tmp_path / "data", "dark", 0))
