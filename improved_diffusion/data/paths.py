@@ -321,6 +321,11 @@ def schedule_step_path(eval_dir: Path, step: int) -> Path:
     return eval_dir / "optimal_schedule" / f"step_{step:04d}.json"
 
 
+def record_path(eval_dir: Path, video: int, sample: int) -> Path:
+    """How one sampled video was made."""
+    return eval_dir / "records" / f"{sample_name(video, sample)}.json"
+
+
 def partial_path(eval_dir: Path, video: int, sample: int) -> Path:
     """What is kept of a video that is not finished yet."""
     return eval_dir / "partial" / f"{sample_name(video, sample)}.npz"

@@ -6,11 +6,13 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from improved_diffusion.data.machine import code_version
+from improved_diffusion.data.strategy_base import Step
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.sampling.plan import Job, OneClip, Task
 from improved_diffusion.sampling.results import EvalDir, Partial, content_digest
@@ -69,12 +71,19 @@ class Keeper:
         ended = time.perf_counter()
         self._due = ended + 20 * (ended - began)
 
-    def finish(self, job: Job, video: np.ndarray) -> None:
-        """Write a finished video, uint8 [T, 3, H, W], and what its truth is."""
+    def finish(
+        self, job: Job, video: np.ndarray, schedule: Sequence[Step], seconds: float | None
+    ) -> None:
+        """Write a finished video, uint8 [T, 3, H, W], what its truth is, and how it was made.
+
+        seconds: None where not all of it was made in this run.
+        """
         with self._first_file():
             truth = self._truth(job.video)
             if truth is not None:
                 self.eval_dir.save_truth(job.video, truth)
+            record = {"schedule": schedule, "seconds": seconds, "version": code_version()}
+            self.eval_dir.save_record(*job, record)
             self.eval_dir.save_sample(*job, video)
         self.eval_dir.drop_partial(*job)
 

@@ -132,7 +132,12 @@ class Task:
         """
         device = machine.default_device(options.device)
         options = replace(options, precision=resolve_precision(options.precision, device))
-        model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
+        model = TrainedModel.load(
+            options.checkpoint_path,
+            device,
+            compile=options.compile,
+            cuda_graphs=options.cuda_graphs,
+        )
         dataset = options.override_dataset or model.dataset
         if not dataset:
             raise ValueError(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ Value = TypeVar("Value")
 
 # Written beside the samples, but two runs may differ in it and still make the same videos.
 NOT_A_VALUE = {"checkpoint_path"}
+FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
 # Hashes of what the values depend on; folders of earlier versions have none.
 HASH_SUFFIX = "_sha256"
 
@@ -104,6 +105,16 @@ def check_same(
 @functools.cache  # said once
 def _say_unknown(what: str, names: str) -> None:
     logger.warning("%s made by an earlier version: cannot tell whether by the same %s", what, names)
+
+
+def shared_samples(of: Sequence[Mapping[int, Sequence[int]]]) -> dict[int, list[int]]:
+    """{video: samples} that all evaluation directories have; of: what `EvalDir.samples` says of each."""
+    first, *others = of
+    shared = {
+        video: [i for i in samples if all(i in other.get(video, ()) for other in others)]
+        for video, samples in first.items()
+    }
+    return {video: samples for video, samples in shared.items() if samples}
 
 
 class EvalDir:
@@ -219,6 +230,21 @@ class EvalDir:
         with contextlib.suppress(OSError):  # not empty yet
             path.parent.rmdir()
 
+    def record(self, video: int, sample: int) -> dict[str, Any]:
+        """How a sample was made, see `save_record`; empty where nothing says so."""
+        path = paths.record_path(self.path, video, sample)
+        return read_json(path) if path.exists() else {}
+
+    def save_record(self, video: int, sample: int, record: Mapping[str, Any]) -> None:
+        """Keep how a sample was made.
+
+        record: "schedule", a list of [observed, latent frames] of each inference step; "seconds",
+        of its batch by the number of videos in it, or None where it was made in several sittings;
+        "version" of the code.
+        """
+        with paths.atomic_write(paths.record_path(self.path, video, sample)) as file:
+            file.write((json.dumps(record, sort_keys=True) + "\n").encode())
+
     def samples(self) -> dict[int, list[int]]:
         """{video index: sorted sample indices}. Raises FileNotFoundError where there are none."""
         found: dict[int, list[int]] = {}
@@ -253,8 +279,7 @@ class EvalDir:
 
     def clean_up(self) -> None:
         """Remove what killed runs have left behind: temporary files, stale unfinished videos."""
-        folders = ("", "samples", "partial", "truth", "elbos", "metrics_cache", "optimal_schedule")
-        paths.remove_leftovers(*(self.path / name for name in folders))
+        paths.remove_leftovers(*(self.path / name for name in ("", *FOLDERS)))
         for partial in (self.path / "partial").glob("*.np[yz]"):
             final = "elbos" if partial.suffix == ".npy" else "samples"
             if _is_whole(self.path / final / f"{partial.stem}.npy"):

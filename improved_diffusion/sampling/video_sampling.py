@@ -172,12 +172,13 @@ class SamplingRun:
 
     def _make_batch(self, stage: int, partials: dict[Job, Partial | None]) -> Iterator[int]:
         """Sample and save videos of which `stage` inference steps are made; yields new frames."""
-        batch, plan = list(partials), self.task.plan
+        batch, plan, began = list(partials), self.task.plan, time.perf_counter()
         if not batch:
             return
         videos = np.zeros((len(batch), *self.task.shape), np.uint8)
         made = np.zeros(videos.shape[:2], bool)
-        observed = plan.strategy().observed_from_data
+        strategy = plan.strategy()
+        observed = strategy.observed_from_data
         for row, job in enumerate(batch):
             partial = partials[job]
             if partial is None:
@@ -185,14 +186,15 @@ class SamplingRun:
                 made[row, observed] = True
             else:
                 videos[row], made[row] = partial.frames, partial.made
-        steps = self.sampler.sample(plan.strategy(), videos, batch, stage, made)
+        steps = self.sampler.sample(strategy, videos, batch, stage, made)
         for done, num_frames in steps:
             yield num_frames
             rows = zip(videos, made, strict=True)
             self.keeper.keep({j: Partial(done + 1, *r) for j, r in zip(batch, rows, strict=True)})
-        for job, video, exists in zip(batch, videos, made, strict=True):
-            require_made(job, exists, range(plan.T))
-            self.keeper.finish(job, video)
+        seconds = None if stage else (time.perf_counter() - began) / len(batch)
+        for row, job in enumerate(batch):
+            require_made(job, made[row], range(plan.T))
+            self.keeper.finish(job, videos[row], strategy.steps_made(row), seconds)
 
 
 def _frames_per_video(strategy: InferenceStrategyBase) -> int:

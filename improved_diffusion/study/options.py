@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
@@ -113,7 +114,7 @@ class BenchmarkConfig:
     use_checkpoint: bool = option(
         False, "recompute activations in the backward pass to save memory", flag=True
     )
-    compile: bool = option(False, "compile the network", flag=True)
+    compile: bool = option(False, COMPILE_HELP, flag=True)
     estimate: bool = option(
         False,
         "measure nothing: count what a forward call and an update would cost on an A100 and an H100",
