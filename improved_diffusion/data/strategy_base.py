@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 # (observed, latent), each a list of frame indices; adaptive strategies: a list of those per video.
 Step = tuple[list[Any], list[Any]]
-# Frames [n, 3, H, W] in [-1, 1] -> [n, d], float arrays.
-Embed = Callable[[np.ndarray], np.ndarray]
+# Frames, an array [n, 3, H, W] of floats in [-1, 1] -> [n, d] floats, an array or a tensor on any device.
+Embed = Callable[[np.ndarray], Any]
 # A strategy may sample each frame again so often; beyond that it counts as stuck.
 MAX_REFINEMENTS = 1000
 MAKE_SCHEDULE = "make it with scripts/video_optimal_schedule.py"
