@@ -30,7 +30,7 @@ class RankTeam:
     def sample(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """As `VideoSampler.sample`."""
         ranks = dist_util.world_size()
-        bounds = [len(trajectories) * rank // ranks for rank in range(ranks + 1)]
+        bounds = [-(-len(trajectories) * rank // ranks) for rank in range(ranks + 1)]
         shares = [trajectories[bounds[rank] : bounds[rank + 1]] for rank in range(ranks)]
         return [frames for part in self._sample_share(shares) or () for frames in part]
 
