@@ -145,7 +145,9 @@ def test_distances_are_those_of_all_pairs_and_each_is_computed_once(convert, mon
         return original(differences)
 
     monkeypatch.setattr(frame_distances, "_squared_norms", counting)
-    monkeypatch.setattr(frame_distances, "NUMBERS_AT_ONCE", 10)  # two frames at once
+    monkeypatch.setattr(
+        frame_distances, "NUMBERS_AT_ONCE", {"array": 10, "tensor": 10}
+    )  # two frames at once
     found, order = FrameDistances(9), [4, 0, 8, 2, 7, 1, 3, 6, 5]
     for begin in (0, 3, 6):
         new = order[begin : begin + 3]

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-NUMBERS_AT_ONCE = 2**22  # of a difference between embeddings: bounds the memory it takes
+# Numbers of a difference between embeddings that are computed at once: what the cache of a CPU's
+# core holds, and what keeps a GPU busy.
+NUMBERS_AT_ONCE = {"array": 2**18, "tensor": 2**26}
 
 
 class FrameDistances:
@@ -55,7 +57,8 @@ class FrameDistances:
         """Distances from a known frame to all known ones, in the order of `frames`: [N]."""
         parts = [self._rows[frame]] if frame in self._rows else []
         vector = self._vectors[self._places[frame]]
-        rows_at_once = max(1, NUMBERS_AT_ONCE // len(vector))
+        kind = "array" if isinstance(vector, np.ndarray) else "tensor"
+        rows_at_once = max(1, NUMBERS_AT_ONCE[kind] // len(vector))
         for begin in range(len(parts[0]) if parts else 0, len(self), rows_at_once):
             end = min(begin + rows_at_once, len(self))
             parts.append(_squared_norms(self._vectors[begin:end] - vector))
@@ -71,5 +74,5 @@ def as_array(values: Any) -> Any:
 
 def _squared_norms(vectors: Any) -> np.ndarray:
     if isinstance(vectors, np.ndarray):
-        return np.einsum("nd,nd->n", vectors, vectors)
+        return np.matmul(vectors[:, None, :], vectors[:, :, None])[:, 0, 0]
     return vectors.square().sum(1).cpu().numpy()

@@ -20,7 +20,14 @@ from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.sampling.batch_size import fitting_batch_size
 from improved_diffusion.sampling.keeper import Keeper
 from improved_diffusion.sampling.options import SampleConfig
-from improved_diffusion.sampling.plan import Job, OneClip, Task, chosen_batches, own_jobs
+from improved_diffusion.sampling.plan import (
+    Job,
+    OneClip,
+    Task,
+    VideoPlan,
+    chosen_batches,
+    own_jobs,
+)
 from improved_diffusion.sampling.rank_team import RankTeam, split_jobs
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.unfinished_video import UnfinishedVideo
@@ -39,7 +46,7 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     strategy = task.plan.strategy()
     eval_dir = EvalDir(task.eval_dir)
     if options.just_visualise:
-        _visualise(strategy, eval_dir.path / "schedule.png")
+        _visualise(task.plan, eval_dir.path / "schedule.png")
         return eval_dir
     source = task.source()
     batches = chosen_batches(options, len(source))
@@ -80,16 +87,18 @@ def print_status(task: Task, eval_dir: EvalDir, batches: list[list[Job]]) -> Non
     print(f"{total - left} of {total} videos are in {eval_dir.path}")
 
 
-def _visualise(strategy: InferenceStrategyBase, path: Path) -> None:
+def _visualise(plan: VideoPlan, path: Path) -> None:
     from improved_diffusion.sampling.schedule_picture import draw_schedule
 
-    if strategy.is_adaptive:
+    if plan.schedule is None:
         raise ValueError(
             "--just_visualise: adaptive strategies choose observed frames by what the sampled ones "
             "look like, so there is no schedule before sampling: choose another --inference_mode"
         )
-    draw_schedule(strategy, path)
-    logger.info("drew the schedule to %s", path)
+    draw_schedule(plan.strategy(), path)
+    rounds = rounds_of(plan.schedule)
+    words = "%d inference steps in %d rounds, at most %d at once; drew the schedule to %s"
+    logger.info(words, len(plan.schedule), len(rounds), max(rounds), path)
 
 
 def _check_lengths(
