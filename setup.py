@@ -15,7 +15,7 @@ TF = [
 MPI = ["mpich>=4.3,<6"]
 VIDEO = ["av>=12"]
 MAZES = ["memory-maze==1.0.3", "dm_control==1.0.31", "mujoco==3.3.3", "gym==0.26.2"]
-TEST = ["pytest>=8", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 CHECKS = ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"]
 
 setup(

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -27,11 +27,9 @@ Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
-# Other ranks wait while rank 0 draws samples or writes checkpoints: above the longest such work.
+# Other ranks wait while rank 0 does work of its own: above the longest such work.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
-
 JOIN_TIMEOUT = timedelta(minutes=30)  # from the first rank's start to the last one's
-
 LONG_WAIT_S = 600.0  # from then on a rank that waits for the others says so
 
 # MPI_Abort can be quicker than mpiexec's forwarding of what the failing rank just printed.
@@ -96,11 +94,13 @@ def launch_command() -> str:
     return "python"
 
 
-def setup_dist() -> None:
+def setup_dist(timeout: timedelta | None = None) -> None:
     """Find this process's rank and join the others; call once, before any other function here.
 
-    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and where
-    mpi4py finds no MPI library.
+    timeout: how long ranks wait for each other before they fail (None: COLLECTIVE_TIMEOUT).
+
+    Raises ValueError under an mpiexec that mpi4py's MPI library does not belong to, and where mpi4py
+    finds no MPI library.
     """
     import torch
 
@@ -126,7 +126,7 @@ def setup_dist() -> None:
                 store=store,
                 rank=_world.rank,
                 world_size=_world.size,
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=timeout or COLLECTIVE_TIMEOUT,
             )
 
 
@@ -320,19 +320,17 @@ def max_over_ranks(*values: int, what: str = "a maximum over ranks") -> tuple[in
         return tuple(box.tolist())
 
 
-def mean_over_ranks(
-    values: Mapping[str, float], counts: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Means over the ranks that have a key, weighted by `counts` (1 each by default).
+def take_max_over_ranks(values: Tensor, *, what: str = "a maximum over ranks") -> None:
+    """Put the largest of each element over the ranks into `values`.
 
-    All ranks must call; their keys may differ.
+    On a GPU that is one more thing for it to do: the host does not wait.
     """
-    weights = dict.fromkeys(values, 1.0) if counts is None else counts
-    own = {key: (value * weights[key], weights[key]) for key, value in values.items()}
-    gathered = gather_objects(own, what="the means to log")
-    keys = dict.fromkeys(key for part in gathered for key in part)
-    sums = {key: [part[key] for part in gathered if key in part] for key in keys}
-    return {key: sum(v for v, _ in pairs) / sum(n for _, n in pairs) for key, pairs in sums.items()}
+    if _world.size == 1:
+        return
+    import torch
+
+    with collective(what):
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
@@ -344,10 +342,19 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     device = dev()
     with collective("the broadcast of the parameters"):
         wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # else each gradient is there twice, and copied
         )
     _world.wrapped.append(wrapped)
     return wrapped
+
+
+def without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within it, backward passes of what `wrap_ddp` made leave gradients to this rank alone."""
+    if any(model is wrapped for wrapped in _world.wrapped):
+        return model.no_sync()  # type: ignore[operator]
+    return contextlib.nullcontext()
 
 
 def cleanup() -> None:
@@ -359,9 +366,8 @@ def cleanup() -> None:
     if _world.started and _world.size > 1:
         import torch
 
-        for (
-            module
-        ) in _world.wrapped:  # whoever still holds one would keep the group and its threads
+        # Whoever still holds one would keep the group and its threads.
+        for module in _world.wrapped:
             del module.process_group, module.reducer, module.logger
         torch.distributed.destroy_process_group()
     _world.__dict__.update(_World().__dict__)

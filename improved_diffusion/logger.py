@@ -60,7 +60,7 @@ class RunLogger:
     def dump(self, step: int) -> dict[str, float]:
         """Write the means over ranks since the last call; returns them. All ranks must call."""
         means = {key: total / self._counts[key] for key, total in self._sums.items()}
-        row = dist_util.mean_over_ranks(means, self._counts)
+        row = mean_over_ranks(means, self._counts)
         self._sums, self._counts = {}, {}
         if self._progress is not None and self._wandb is not None:
             numbers = ", ".join(
@@ -86,6 +86,21 @@ class RunLogger:
         self.flush()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def mean_over_ranks(
+    values: Mapping[str, float], counts: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Means over the ranks that have a key, weighted by `counts` (1 each by default).
+
+    All ranks must call; their keys may differ.
+    """
+    weights = dict.fromkeys(values, 1.0) if counts is None else counts
+    own = {key: (value * weights[key], weights[key]) for key, value in values.items()}
+    gathered = dist_util.gather_objects(own, what="the means to log")
+    keys = dict.fromkeys(key for part in gathered for key in part)
+    sums = {key: [part[key] for part in gathered if key in part] for key in keys}
+    return {key: sum(v for v, _ in pairs) / sum(n for _, n in pairs) for key, pairs in sums.items()}
 
 
 class ProgressFile:

@@ -281,7 +281,21 @@ VIDEO_METRICS = Registry(
     },
 )
 
-METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
+_LAPS, _PLACES = f"{_HERE}.evaluation.laps", f"{_HERE}.evaluation.places"
+
+SAMPLE_METRICS = Registry(
+    "modes",
+    {
+        "lap_psnr": (f"{_LAPS}:LapPsnr", "psnr lap by lap, of videos that repeat themselves"),
+        "lap_ssim": (f"{_LAPS}:LapSsim", "the same with ssim"),
+        "lap_lpips": (f"{_LAPS}:LapLpips", "the same with lpips"),
+        "place_jumps": (f"{_PLACES}:PlaceJumps", "share of steps that no walker could make"),
+        "place_returns": (f"{_PLACES}:PlaceReturns", "share of frames that show a place again"),
+        "place_lpips": (f"{_PLACES}:PlaceLpips", "lpips of these and what was there before"),
+    },
+)
+
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS, SAMPLE_METRICS)
 
 FEATURES = Registry(
     "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}

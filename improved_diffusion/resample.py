@@ -155,6 +155,9 @@ class NoiseLevelSampler(ScheduleSampler):
 class LogNormalSampler(NoiseLevelSampler):
     """log sigma ~ N(mean, std^2), where sigma = sqrt((1 - alpha_bar) / alpha_bar).
 
+    A share of the draws is uniform over the timesteps instead, so that no noise level that sampling
+    passes through is left out, however narrow the distribution is.
+
     Source: EDM (arXiv 2206.00364), section 5. Its mean and std are for single images of 64x64. A
     picture of twice the height and width averages as much noise out if the mean is log 2 more (by
     the argument of arXiv 2301.11093, section 2.1); observed frames move it up further.
@@ -168,6 +171,9 @@ class LogNormalSampler(NoiseLevelSampler):
             -1.2, "lognormal: mean of log sigma (as for images; video given some frames wants more)"
         )
         log_sigma_std: float = option(1.2, "lognormal: standard deviation of log sigma")
+        lognormal_uniform_share: float = option(
+            0.0, "lognormal: share of the timesteps that are drawn uniformly instead"
+        )
 
         def __post_init__(self) -> None:
             if not math.isfinite(self.log_sigma_mean):
@@ -175,6 +181,10 @@ class LogNormalSampler(NoiseLevelSampler):
             if not 0 < self.log_sigma_std < math.inf:
                 raise ValueError(
                     f"--log_sigma_std {self.log_sigma_std}: must be above 0, and finite"
+                )
+            if not 0 <= self.lognormal_uniform_share <= 1:
+                raise ValueError(
+                    f"--lognormal_uniform_share {self.lognormal_uniform_share}: must be from 0 to 1"
                 )
 
     def probabilities(self) -> Tensor:
@@ -190,7 +200,8 @@ class LogNormalSampler(NoiseLevelSampler):
                 f"--log_sigma_mean {mean}: must lie among the log sigmas of the noise schedule, "
                 f"between {least:.2f} and {most:.2f}: most updates would fall on one timestep"
             )
-        return below.diff()
+        uniform = ScheduleSampler.probabilities(self)
+        return below.diff().lerp(uniform, self.options.lognormal_uniform_share)
 
 
 class LogSnrUniformSampler(NoiseLevelSampler):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,9 @@ from improved_diffusion.logger import RunLogger
 from improved_diffusion.training import signals, validation
 from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.runs import Run, resume_command
+from improved_diffusion.training.saver import Saver
 from improved_diffusion.training.train_data import train_loader
-from improved_diffusion.training.train_step import TrainStep, Update
+from improved_diffusion.training.train_step import Items, TrainStep, Update
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,9 @@ NUM_SAMPLES = 4
 VALIDATION_STREAM = 1 << 40  # a position that no run reaches: its random numbers are free
 MAX_BAD_STEPS = 5  # updates in a row that may be skipped for numbers that are not finite
 
-Batch = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
-class Measures:
+class Monitoring:
     """What is measured while training, and with what."""
 
     sample_diffusion: GaussianDiffusion  # the process to draw samples with (fewer steps)
@@ -53,7 +54,7 @@ class TrainLoop:
         data: training items, indexed by the keys of ShardedSampler.
         config: the training options.
         run: from `open_run`; its options are written into checkpoints.
-        measures: what is measured and drawn on the way.
+        monitoring: what is measured and drawn on the way.
 
     Raises ValueError for float16 without a GPU and for weights that do not fit the model.
     """
@@ -66,9 +67,9 @@ class TrainLoop:
         config: TrainConfig,
         *,
         run: Run,
-        measures: Measures,
+        monitoring: Monitoring,
     ) -> None:
-        self.config, self.data, self.measures = config, data, measures
+        self.config, self.data, self.monitoring = config, data, monitoring
         self.run = run.forget_start()
         weights = run.state.model_state if run.state else run.weights
         if weights is not None:
@@ -79,6 +80,7 @@ class TrainLoop:
         self.saved_step = self.step
         self.log = RunLogger(run.folder, run.run_id, run.options, self.step)
         self._logged = (self.step, time.perf_counter())
+        self._saver = Saver()
         self._bad_steps = 0
         self._stop = False  # what all ranks agreed on
 
@@ -93,10 +95,26 @@ class TrainLoop:
         SIGTERM, SIGINT or SIGUSR1 at any one rank lets all finish the step and save. Raises
         ValueError where losses stay infinite or not a number, OSError where saving fails.
         """
+        self._introduce()
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.run.close)
+            ends.callback(self.log.close)
+            ends.callback(self._saver.wait)
+            try:
+                self._train()
+            except KeyboardInterrupt:  # the second Ctrl-C, which ends at once
+                ends.pop_all()
+                raise
+        if dist_util.is_main():
+            logger.info("to resume: %s", resume_command(self.run.run_id))
+        # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
+        dist_util.barrier("the end of the run")
+        return self._stop and not self.finished
+
+    def _train(self) -> None:
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        self._introduce()
         show = None if dist_util.is_main() else True  # None: only where there is a terminal
         with (
             signals.deferred(),
@@ -106,20 +124,14 @@ class TrainLoop:
         ):
             self._stop = any(dist_util.max_over_ranks(signals.received(), what="the first step"))
             while not self._stop and not self.finished:
-                if self.run_step(next(batches)):
-                    bar.update()
-                    self._after_update()
+                self.run_step(next(batches))
+                bar.update(self.step - bar.n)
+            self._see_to(self.train_step.finish())
             if self.step > self._logged[0]:
                 self._dump_log()
             if self.step > self.saved_step:
                 self.save()
-        self.log.close()
-        self.run.close()
-        if dist_util.is_main():
-            logger.info("to resume: %s", resume_command(self.run.run_id))
-        # A rank that left with code 75 while rank 0 still saves would have the launcher kill it.
-        dist_util.barrier("the end of the run")
-        return self._stop and not self.finished
+            self._saver.wait()
 
     @property
     def last_step(self) -> int | None:
@@ -133,22 +145,33 @@ class TrainLoop:
         return self.last_step is not None and self.step >= self.last_step
 
     def save(self) -> None:
-        """Write a checkpoint of this step and point `*_latest.pt` at it."""
+        """Begin to write a checkpoint of this step, at which `*_latest.pt` will point.
+
+        Training may go on at once; what the writing raises, a later step does. One is written at a
+        time.
+        """
         self.log.flush()
         if dist_util.is_main():
-            self.run.check_held()
-            state = self.train_step.network.state_dict()
-            checkpoints.save_run(
-                self.run.folder,
-                self.step,
-                state,
-                {rate: {**state, **ema} for rate, ema in self.train_step.emas.items()},
-                self.train_step.state_dict() | {"ranks": dist_util.world_size()},
-                self.run.options,
-                latest_only=self.config.save_latest_only,
-                keep=self.config.keep_checkpoints,
-            )
+            self._saver.wait()
+            weights = self.train_step.network.state_dict()
+            emas = {rate: {**weights, **ema} for rate, ema in self.train_step.emas.items()}
+            rest = self.train_step.state_dict() | {"ranks": dist_util.world_size()}
+            copies = (checkpoints.snapshot(part) for part in (weights, emas, rest))
+            self._saver.start(functools.partial(self._write, self.step, *copies))
         self.saved_step = self.step
+
+    def _write(self, step: int, weights: Any, emas: Any, rest: Any) -> None:
+        self.run.check_held()
+        checkpoints.save_run(
+            self.run.folder,
+            step,
+            weights,
+            emas,
+            rest,
+            self.run.options,
+            latest_only=self.config.save_latest_only,
+            keep=self.config.keep_checkpoints,
+        )
 
     def _restore(self, state: checkpoints.RunState) -> None:
         """Take up the optimiser, the averages and the position of a saved run."""
@@ -172,26 +195,28 @@ class TrainLoop:
 
     # ------------------------------------------------------------ one step
 
-    def run_step(self, items: Batch) -> bool:
-        """Update the weights from one batch of items; False where the update was skipped.
+    def run_step(self, items: Items) -> None:
+        """Begin the update of one batch of items, and see to the one that is finished by then.
 
+        What the next step needs finished, is: whatever happens at it needs its weights and averages.
         items: B items as TrainDataset gives them, stacked. All ranks must call.
         """
-        update = self.train_step(items, self._agree)
-        if not update.done:
-            self._skip(update)
-            return False
-        self._bad_steps = 0
-        self._log_update(update)
-        return True
+        self._saver.check()
+        self._see_to(self.train_step.begin(items, signals.received))
+        if self._is_due(self.step + 1):
+            self._see_to(self.train_step.finish())
 
-    def _agree(self, bad: bool) -> bool:
-        """Whether any rank's numbers are bad; the ranks agree on signals in the same breath."""
-        any_bad, any_signal = dist_util.max_over_ranks(
-            int(bad), signals.received(), what=f"the end of step {self.step}"
-        )
-        self._stop = any_signal > 0
-        return bool(any_bad)
+    def _see_to(self, update: Update | None) -> None:
+        """Log a finished update, and do what is due after it; or tell that it was skipped."""
+        if update is None:
+            return
+        self._stop = update.signal > 0
+        if update.done:
+            self._bad_steps = 0
+            self._log_update(update)
+            self._after_update()
+        else:
+            self._skip(update)
 
     def _skip(self, update: Update) -> None:
         """Tell of an update whose numbers are not finite; raise where that does not stop."""
@@ -211,7 +236,7 @@ class TrainLoop:
 
     # ------------------------------------------------------------ around the steps
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self) -> Generator[Items, None, None]:
         """Batches from this run's position on, for ever; the time they take is logged."""
         batches = iter(train_loader(self.data, self.config, self.train_step.position))
         try:
@@ -225,6 +250,16 @@ class TrainLoop:
         finally:
             del batches  # ends the workers, who ignore signals, even while a traceback is alive
 
+    def _is_due(self, step: int) -> bool:
+        """Whether after update number `step` its weights are looked at, or training ends."""
+        intervals = (self.config.save_interval, self.config.valid_interval)
+        at_interval = any(interval > 0 and step % interval == 0 for interval in intervals)
+        return at_interval or self._samples_are_due(step) or step == self.last_step
+
+    def _samples_are_due(self, step: int) -> bool:
+        interval = self.config.sample_interval
+        return interval > 0 and (step == FIRST_SAMPLE_STEP or step % interval == 0)
+
     def _after_update(self) -> None:
         step, config = self.step, self.config
         validate = config.valid_interval > 0 and step % config.valid_interval == 0
@@ -234,9 +269,7 @@ class TrainLoop:
             self._dump_log()
         if step % config.save_interval == 0:
             self.save()
-        interval = config.sample_interval
-        due = interval > 0 and (step == FIRST_SAMPLE_STEP or step % interval == 0)
-        if due and dist_util.is_main():
+        if self._samples_are_due(step) and dist_util.is_main():
             self._draw_samples()
 
     def _log_update(self, update: Update) -> None:
@@ -248,9 +281,9 @@ class TrainLoop:
         for quarter, error in self.train_step.clean_errors(update):
             self.log.add(f"xstart_mse_snr_q{quarter}", error)
         self.log.add("grad_norm", update.grad_norm)
-        self.log.add("lr", self.train_step.optimizer.param_groups[0]["lr"])
-        if self.train_step.loss_scale is not None:
-            self.log.add("loss_scale_log2", self.train_step.loss_scale.log2)
+        self.log.add("lr", update.lr)
+        if update.loss_scale_log2 is not None:
+            self.log.add("loss_scale_log2", update.loss_scale_log2)
 
     def _dump_log(self) -> None:
         step, began = self._logged
@@ -264,7 +297,7 @@ class TrainLoop:
 
         Masks, timesteps and noise of a video are the same every time.
         """
-        data = self.measures.valid_data
+        data = self.monitoring.valid_data
         assert data is not None, "--valid_interval without held-out videos"
         videos = min(self.config.valid_videos, len(data))
         values = []
@@ -296,7 +329,7 @@ class TrainLoop:
     def _draw_samples(self) -> None:
         """Sample the latent frames of a few fixed items with the first EMA; write them as gifs."""
         files = []
-        with self.train_step.ema_denoiser(self.measures.sample_diffusion) as denoiser:
+        with self.train_step.ema_denoiser(self.monitoring.sample_diffusion) as denoiser:
             for index in range(min(NUM_SAMPLES, len(self.data))):
                 if signals.received():
                     break
@@ -318,7 +351,12 @@ class TrainLoop:
             return
         ranks, batch_size = dist_util.world_size(), self.config.batch_size
         launcher = dist_util.launcher() or "none"
-        logger.info("ranks: %d, device: %s, launcher: %s", ranks, self.train_step.device, launcher)
+        device = self.train_step.device
+        logger.info("ranks: %d, device: %s, launcher: %s", ranks, device, launcher)
+        if device.type == "cuda":
+            network = "fp16" if self.config.use_fp16 else self.config.precision
+            factors = "rounded to TF32" if self.config.tf32 else "not rounded to TF32"
+            logger.info("arithmetic: %s, factors of float32 products %s", network, factors)
         logger.info("hosts: %s", ", ".join(f"{host} x {n}" for host, n in hosts.items()))
         folder = self.run.folder
         folder = folder if paths.is_remote(folder) else os.path.abspath(folder)

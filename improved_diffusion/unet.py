@@ -9,16 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion.config import ModelConfig
-from improved_diffusion.nn import GroupNorm32, conv3x3, timestep_embedding, zero_module
+from improved_diffusion.nn import (
+    GroupNorm32,
+    conv3x3,
+    doubled_conv3x3,
+    in_autocast_dtype,
+    timestep_embedding,
+    zero_module,
+)
 from improved_diffusion.rpe import RPEAttention, distance_features
 
 # Channels of each level in units of num_channels, outermost first.
 CHANNEL_MULTIPLIERS = {
+    16: (1, 2, 2),
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
@@ -66,13 +73,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, context: FrameContext) -> Tensor:
         hidden = self._norm_then(self.in_layers, x)
-        # The timestep is one per video: its terms are made once and spread over the frames.
+        # The timestep is one per video: its terms are made once and stand for all frames.
         emb = self.emb_layers(context.time_embedding).to(hidden.dtype)
-        if len(emb) > 1:
-            emb = emb.repeat_interleave(context.num_frames, dim=0)
         if self.use_scale_shift_norm:
             hidden = self._norm_then(self.out_layers, hidden, *emb.chunk(2, dim=1))
         else:
+            if len(emb) > 1:
+                emb = emb.repeat_interleave(context.num_frames, dim=0)
             hidden = self._norm_then(self.out_layers, hidden + emb[:, :, None, None])
         return self.skip_connection(x) + hidden
 
@@ -118,7 +125,7 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return doubled_conv3x3(x, self.conv.weight, self.conv.bias)
 
 
 class Stage(nn.Sequential):
@@ -247,7 +254,7 @@ class UNetVideoModel(nn.Module):
         context = FrameContext(
             num_frames=num_frames,
             time_embedding=emb,
-            distances=distance_features(frame_indices),
+            distances=in_autocast_dtype(distance_features(frame_indices)),
             attention_mask=real[:, :, None] == real[:, None, :],
         )
         hidden = frames.contiguous(memory_format=torch.channels_last)

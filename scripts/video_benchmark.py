@@ -1,7 +1,7 @@
 """Measure what training and sampling cost here, beside what this machine could do at most.
 
 Prints a table and writes it as JSON. One process; --sizes, --measure and the sizes' own options
-choose what is measured.
+choose what is measured. With --estimate, prints what GPUs would need, counted without one.
 """
 
 import argparse
@@ -18,10 +18,10 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_args(BenchmarkConfig, create_argparser().parse_args(argv))
-    from improved_diffusion.study.benchmark import run_benchmark
+    from improved_diffusion.study.benchmark import estimate_benchmark, run_benchmark
     from improved_diffusion.study.benchmark_table import format_report
 
-    print(format_report(run_benchmark(config)))
+    print(estimate_benchmark(config) if config.estimate else format_report(run_benchmark(config)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from datetime import timedelta
 
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
 from improved_diffusion.script_util import (
@@ -47,12 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, run."""
     args = parse_with_config(create_argparser(), argv)
     train, data, model, diffusion = (config_from_args(group, args) for group in GROUPS)
+    launch = config_from_args(LaunchConfig, args)
 
     from improved_diffusion import dist_util
     from improved_diffusion.training.start import dry_run, train_run
 
-    dist_util.setup_dist()
-    work = dry_run if args.dry_run else train_run
+    dist_util.setup_dist(timedelta(hours=launch.collective_timeout))
+    work = dry_run if launch.dry_run else train_run
     interrupted = work(train, data, model, diffusion)
     dist_util.cleanup()
     signals.end(signals.EXIT_INTERRUPTED if interrupted else 0)

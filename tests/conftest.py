@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # kernels run in Python; read when Triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 
@@ -15,6 +18,16 @@ torch.set_num_threads(1)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_ARRAY_TASK_ID", "DIFFUSION_BLOB_LOGDIR", "DATA_ROOT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set to train on; checkpoints go below tmp_path, wandb is off."""
+    from train_runs import make_videos
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return make_videos(tmp_path / "videos")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from improved_diffusion.data import checkpoints
 from train_runs import (
     MPIEXEC,
     SCRIPT,
@@ -25,7 +24,9 @@ from train_runs import (
     column,
     environment,
     flags,
+    load_run,
     make_videos,
+    newest_step,
 )
 
 
@@ -62,7 +63,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> int:
 
 def step_of(folder: Path, run_id: str) -> int:
     """The step that a resumed run would go on from."""
-    return checkpoints.find_resume_step(str(folder / "checkpoints" / run_id)) or 0
+    return newest_step(str(folder / "checkpoints" / run_id)) or 0
 
 
 def killed_once(folder: Path, rng: random.Random, ranks: int, **options: object) -> str:
@@ -81,7 +82,7 @@ def killed_once(folder: Path, rng: random.Random, ranks: int, **options: object)
     after = step_of(folder, "killed")
     run = folder / "checkpoints" / "killed"
     half = [path.name for path in run.glob("*") if path.name.endswith(".tmp")]
-    assert after >= before and (after == 0 or checkpoints.load_run(str(run)).step == after)
+    assert after >= before and (after == 0 or load_run(str(run)).step == after)
     return (
         f"{number} processes killed after {time.monotonic() - began:.1f} s at step {after} "
         f"(it began at {before}); half-written: {', '.join(half) or 'nothing'}"

@@ -12,7 +12,7 @@ from helpers import run_script
 from improved_diffusion import train_util
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.registry import SAMPLERS
-from improved_diffusion.study import benchmark, measures, speed
+from improved_diffusion.study import benchmark, benchmark_cases, speed
 from improved_diffusion.study.options import BenchmarkConfig
 from improved_diffusion.study.workload import SIZES, Size, Workload
 from improved_diffusion.training import train_step
@@ -86,9 +86,9 @@ def test_the_benchmark_times_the_update_of_the_training_loop(monkeypatch):
         return update
 
     monkeypatch.setattr(train_step.TrainStep, "__call__", counted)
-    monkeypatch.setattr(measures.speed, "limits", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(benchmark_cases.speed, "limits", lambda *_: (1.0, 1.0))
     config = BenchmarkConfig(repeats=2)
-    (row,) = measures.measure_train(Workload("tiny", TINY, "fp32", CPU, config))
+    (row,) = benchmark_cases.measure_train(Workload("tiny", TINY, "fp32", CPU, config))
     assert made == [True] * 4  # counted, warmed up, timed twice
     assert row.gflop > 0 and row.seconds > 0
     assert train_util.TrainStep is train_step.TrainStep
@@ -100,9 +100,9 @@ def test_samplers_call_the_network_as_often_as_the_scaling_says(sampler):
     model, diffusion = workload.build("4")
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    measures.sampling_call(workload, model, diffusion, sampler)()
-    assert len(calls) == measures.network_calls(sampler, 4)
-    assert sampler in measures.USUAL_TIMESTEPS
+    benchmark_cases.sampling_call(workload, model, diffusion, sampler)()
+    assert len(calls) == benchmark_cases.network_calls(sampler, 4)
+    assert sampler in benchmark_cases.USUAL_TIMESTEPS
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_equal_networks_share_their_rows_and_large_ones_are_left_out(tmp_path, m
         measured.append((workload.name, workload.size))
         return []
 
-    monkeypatch.setattr(benchmark, "NETWORK_MEASURES", {"forward": note, "train": note})
+    monkeypatch.setattr(benchmark, "NETWORK_CASES", {"forward": note, "train": note})
     out = str(tmp_path / "b.json")
     config = BenchmarkConfig(measure="forward,train,masks", device="cpu", out=out, repeats=1)
     rows = benchmark.run_benchmark(config)["rows"]
@@ -181,7 +181,7 @@ def test_compile_times_the_compiled_network(tmp_path, monkeypatch):
         compiled.append(model)
         return model
 
-    monkeypatch.setattr(measures, "compile_network", compile_network)
+    monkeypatch.setattr(benchmark_cases, "compile_network", compile_network)
     config = BenchmarkConfig(
         "small", "forward", 1, 1, repeats=1, compile=True, out=str(tmp_path / "b")
     )
@@ -191,7 +191,7 @@ def test_compile_times_the_compiled_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])
 def test_data_items_have_the_size_of_the_training_command(tmp_path, suffix):
     size = Size(32, T=6, max_frames=3, suffix=suffix)
-    item = measures.make_data(tmp_path, size)[0, 0]
+    item = benchmark_cases.make_data(tmp_path, size)[0, 0]
     assert item["frames"].shape == (3, 3, 32, 32)
     batch = Workload("tiny", size, "fp32", CPU, BenchmarkConfig()).items()
     for key, value in item.items():

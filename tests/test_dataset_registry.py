@@ -83,7 +83,9 @@ def test_each_size_has_files_of_its_own(drift):
 
 
 def test_the_sizes_that_are_legal_are_those_of_the_network(drift, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"--image_size 48: choose one of \(32, 64, 128, 256\)"):
+    with pytest.raises(
+        ValueError, match=r"--image_size 48: choose one of \(16, 32, 64, 128, 256\)"
+    ):
         call_main("video_train.py", *f"{TINY} --image_size 48".split())
     monkeypatch.setattr(UNetVideoModel, "image_sizes", (64,))
     assert NETWORKS["unet"] is UNetVideoModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, logger
 
 MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 LAUNCH_VARIABLES = (
@@ -68,7 +68,7 @@ def test_one_process_needs_no_setup():
     assert dist_util.is_main()
     assert dist_util.broadcast_object({"a": 1}) == {"a": 1}
     assert dist_util.max_over_ranks(3, 1) == (3, 1)
-    assert dist_util.mean_over_ranks({"x": 2.0}) == {"x": 2.0}
+    assert logger.mean_over_ranks({"x": 2.0}) == {"x": 2.0}
     dist_util.barrier()
 
 
@@ -134,7 +134,7 @@ COLLECTIVES = """
     from pathlib import Path
 
     import torch
-    from improved_diffusion import dist_util
+    from improved_diffusion import dist_util, logger
 
     def threads():
         return [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
@@ -150,8 +150,8 @@ COLLECTIVES = """
     assert dist_util.max_over_ranks(rank, 5 - rank) == (1, 5)
     assert dist_util.all_gather(torch.tensor([rank, 7])).tolist() == [0, 7, 1, 7]
     values = {{"both": rank, "mine": 3.0}} if rank else {{"both": rank}}
-    assert dist_util.mean_over_ranks(values) == {{"both": 0.5, "mine": 3.0}}
-    weighted = dist_util.mean_over_ranks({{"x": float(rank)}}, {{"x": 3 * rank + 1}})
+    assert logger.mean_over_ranks(values) == {{"both": 0.5, "mine": 3.0}}
+    weighted = logger.mean_over_ranks({{"x": float(rank)}}, {{"x": 3 * rank + 1}})
     assert weighted == {{"x": 0.8}}
     model = torch.nn.Linear(2, 1)
     with torch.no_grad():

@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text
 EXAMPLES = {code.splitlines()[-1].partition("[")[0]: code for code in BLOCKS}
 KINDS = (
     "NETWORKS PREDICTIONS LOSS_WEIGHTINGS TIMESTEP_DISTRIBUTIONS OPTIMIZERS MASK_DISTRIBUTIONS "
-    "SAMPLERS inference_strategies DATASETS FRAME_METRICS FEATURES VIDEO_METRICS"
+    "SAMPLERS inference_strategies DATASETS FRAME_METRICS SAMPLE_METRICS FEATURES VIDEO_METRICS"
 ).split()
 TRAIN = (
     "--max_frames 4 --batch_size 2 --num_workers 0 --max_steps 2 --sample_interval 0 --resume_id toy "
@@ -201,6 +201,18 @@ def test_a_metric_of_frames(scored, capsys):
     table, rows = scores(scored)
     assert table["worst-pixel"][:, 0, -1].tolist() == true_frames()[:, -1].max((1, 2, 3)).tolist()
     assert (table["worst-pixel"][..., :-1] == 0).all() and rows["worst-pixel"]["n"] == 3
+
+
+def test_a_metric_of_samples(scored, capsys):
+    add("SAMPLE_METRICS")
+    assert offered("video_eval.py", "brightness", "mean level of the sampled frames.", capsys)
+    call_main("video_eval.py", "--eval_dir", str(scored.path), "--modes", "brightness")
+    table, rows = scores(scored)
+    predicted = true_frames()[:, 2:].mean(axis=(2, 3, 4))  # one of four is black in the samples
+    expected = np.stack([predicted[:, :-1].sum(axis=1) / 4, predicted.mean(axis=1)], axis=1)
+    assert table["brightness"] == pytest.approx(expected[:, None])
+    samples, truth = rows["brightness"]["columns"]
+    assert samples["name"] == "samples" and truth["mean"] == pytest.approx(expected[:, 1].mean())
 
 
 def test_an_extractor_of_features(scored, capsys):

@@ -11,10 +11,13 @@ from golden_fill import array
 from helpers import make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion.config import DiffusionConfig
 from improved_diffusion.data import paths
+from improved_diffusion.data.frame_batch import to_uint8
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.evaluation import nll
 from improved_diffusion.evaluation.metric_tables import load_elbo
 from improved_diffusion.evaluation.options import NllConfig
+from improved_diffusion.inference_utils import AdaptiveAutoregressive
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.results import read_json
@@ -256,21 +259,18 @@ def test_adaptive_strategies_choose_their_frames_on_the_true_video(
     checkpoint, tmp_path, monkeypatch
 ):
     seen = []
-    original = nll.SymmetricView
 
-    def view(videos):
-        seen.append(videos)
-        return original(videos)
+    class Watching(AdaptiveAutoregressive):
+        def set_videos(self, videos):
+            seen.append(to_uint8(videos[0]))
+            super().set_videos(videos)
 
-    monkeypatch.setattr(nll, "SymmetricView", view)
+    monkeypatch.setitem(STRATEGIES, "watching", Watching)
     bounds = bound_dataset(
-        checkpoint,
-        inference_mode="adaptive-autoreg",
-        strategy_options={"distance": "l2"},
-        indices=(1,),
+        checkpoint, inference_mode="watching", strategy_options={"distance": "l2"}, indices=(1,)
     )
     truth = np.load(tmp_path / "data/test/1.npy").transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(seen[0], truth[None])
+    np.testing.assert_array_equal(seen[0], truth)
     assert load(bounds, 1).shape == (NUM_STEPS,)
 
 

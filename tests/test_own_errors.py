@@ -14,19 +14,11 @@ from train_runs import (
     column,
     equal,
     flags,
+    load_run,
     make_loop,
-    make_videos,
     train,
     wake_up,
 )
-
-
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    torch.set_num_threads(1)
-    return make_videos(tmp_path / "videos")
 
 
 def step_and_batch(videos, size=6, **options):
@@ -143,7 +135,7 @@ def test_ranks_train_with_it(videos, tmp_path):
         ranks=2,
     )
     assert done.returncode == 0, done.stderr
-    assert checkpoints.load_run("checkpoints/run").step == 4
+    assert load_run("checkpoints/run").step == 4
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

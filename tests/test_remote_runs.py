@@ -11,7 +11,7 @@ from improved_diffusion import logger
 from improved_diffusion.data import checkpoints
 from improved_diffusion.logger import ProgressFile
 from improved_diffusion.training import run_lock
-from train_runs import column, equal, make_loop, make_videos
+from train_runs import column, equal, load_run, make_loop, make_videos, newest_step
 
 RUN = "gs://bucket/runs/run"
 
@@ -54,10 +54,10 @@ def test_finding_the_newest_set_downloads_no_checkpoint(store, latest_only):
     for step in (1, 2):
         save(step, latest_only=latest_only)
     store.reads.clear()
-    assert checkpoints.find_resume_step(RUN) == 2
+    assert newest_step(RUN) == 2
     assert set(store.reads) <= {f"{RUN}/{checkpoints.MARKER}"}
     store.reads.clear()
-    state = checkpoints.load_run(RUN)
+    state = load_run(RUN)
     assert state.step == 2 and state.ema_states["0.9"]["w"][0] == 2
     assert all(number == 1 for number in store.reads.values()) and len(store.reads) == 4
 
@@ -65,14 +65,14 @@ def test_finding_the_newest_set_downloads_no_checkpoint(store, latest_only):
 def test_a_folder_without_the_marker_resumes(store):
     save(1, latest_only=True)
     del store.blobs[f"{RUN}/{checkpoints.MARKER}"]
-    assert checkpoints.load_run(RUN).step == 1
+    assert load_run(RUN).step == 1
 
 
 def test_a_marker_that_lies_is_found_out(store, caplog):
     save(1)
     save(2, latest_only=True)
     store.write(f"{RUN}/{checkpoints.MARKER}", json.dumps({"step": 7}).encode())
-    assert checkpoints.load_run(RUN).step == 1
+    assert load_run(RUN).step == 1
     assert "model_latest.pt: holds step 2, not 7" in caplog.text
 
 
@@ -89,11 +89,11 @@ def test_the_marker_is_away_while_the_latest_files_are_of_two_steps(store, monke
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoints, "_link", copy)
         save(2, latest_only=True)
-    assert checkpoints.load_run(RUN).step == 2
+    assert load_run(RUN).step == 2
     checkpoints.end_killed_saves(RUN)
     latest = ["ema_0.9_latest.pt", checkpoints.MARKER, "model_latest.pt", "opt_latest.pt"]
     assert names(store) == sorted(latest)
-    assert checkpoints.load_run(RUN).step == 2
+    assert load_run(RUN).step == 2
 
 
 def test_a_remote_run_resumes_like_a_local_one(store, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_remote_run_resumes_like_a_local_one(store, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "gs://bucket/runs")
     make_loop(videos, resume_id="run", max_steps=2).run_loop()
     make_loop(videos, resume_id="run").run_loop()
-    local, remote = checkpoints.load_run("checkpoints/run"), checkpoints.load_run(RUN)
+    local, remote = load_run("checkpoints/run"), load_run(RUN)
     assert equal(local.model_state, remote.model_state)
     assert equal(local.opt_state, remote.opt_state)
     table = csv.DictReader(store.blobs[f"{RUN}/progress.csv"].decode().splitlines())

@@ -128,6 +128,14 @@ def test_lognormal_draws_the_nearest_timestep_of_normal_levels(schedule, stratif
     assert (weights == 1).all() and sampler.probabilities().sum() == pytest.approx(1)
 
 
+def test_a_share_of_lognormal_draws_is_uniform():
+    shape = {"log_sigma_mean": 0.5, "log_sigma_std": 0.2}
+    pure = distribution("lognormal", **shape).probabilities()
+    p = distribution("lognormal", **shape, lognormal_uniform_share=0.25).probabilities()
+    assert float(pure[0]) < 1e-9  # which the uniform share mends
+    torch.testing.assert_close(p, 0.75 * pure + 0.25 / 1000)
+
+
 def test_logsnr_uniform_fills_equal_ranges_alike():
     sampler = distribution("logsnr-uniform", log_snr_min=-6.0, log_snr_max=4.0)
     n = 20_000
@@ -152,6 +160,7 @@ def test_logsnr_uniform_ends_where_the_process_does():
     ("lognormal", {"log_sigma_std": 0.0}, "--log_sigma_std 0.0: must be above 0"),
     ("lognormal", {"log_sigma_mean": float("inf")}, "--log_sigma_mean inf: must be finite"),
     ("lognormal", {"log_sigma_mean": 9.0}, "--log_sigma_mean 9.0: must lie .* between -4.61 and 5"),
+    ("lognormal", {"lognormal_uniform_share": 1.5}, "share 1.5: must be from 0 to 1"),
     ("logsnr-uniform", {"log_snr_min": 2.0, "log_snr_max": 1.0}, "--log_snr_min 2.0 must be below"),
     ("logsnr-uniform", {"log_snr_min": 20.0, "log_snr_max": 30.0}, "the noise schedule has none"),
     ("log-normal", {}, "--schedule_sampler 'log-normal' is unknown: choose from uniform, loss-"),

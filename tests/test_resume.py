@@ -11,14 +11,7 @@ import torch
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import checkpoints
-from train_runs import assert_same_run, column, equal, flags, make_loop, make_videos, train
-
-
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    return make_videos(tmp_path / "videos")
+from train_runs import assert_same_run, column, equal, flags, load_run, make_loop, train
 
 
 def truncate(path):
@@ -113,7 +106,7 @@ def test_a_damaged_newer_set_does_not_make_keep_remove_the_whole_ones(videos):
     truncate(Path("checkpoints/run/opt_000004.pt"))
     options = {"save_interval": 1, "keep_checkpoints": 1}
     make_loop(videos, resume_id="run", max_steps=3, **options).run_loop()
-    assert checkpoints.load_run("checkpoints/run").step == 3
+    assert load_run("checkpoints/run").step == 3
 
 
 @pytest.mark.parametrize("damage", ["letters", "fields", "header", "bytes"])
@@ -165,7 +158,7 @@ def test_a_set_of_200_mb_takes_no_memory_until_it_is_used(tmp_path):
     code = (
         "import resource, sys, torch; from improved_diffusion.data import checkpoints\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before = peak(); state = checkpoints.load_run(sys.argv[1]); print(peak() - before)"
+        "before = peak(); state = checkpoints.load_newest(sys.argv[1]); print(peak() - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True

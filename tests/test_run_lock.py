@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fake_blobfile
+from improved_diffusion.data import paths
 from improved_diffusion.training import run_lock
 from improved_diffusion.training.run_lock import EXPIRY_S, LOCK_NAME, RunLock
 from train_runs import SCRIPT, environment, flags, make_loop, make_videos, train
@@ -54,7 +55,7 @@ def test_a_living_process_of_this_machine_keeps_its_run_however_old_its_lock(tmp
 @pytest.mark.parametrize("way", ["killed", "zombie", "reused number"])
 def test_a_process_of_this_machine_that_is_gone_is_followed_at_once(tmp_path, way):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = run_lock._start_of(child.pid)
+    started = paths.process_start(child.pid)
     assert started
     write(tmp_path, pid=child.pid, started="1" if way == "reused number" else started)
     if way != "reused number":

@@ -128,7 +128,7 @@ def test_unknown_keys_are_ignored_and_missing_ones_get_defaults():
 @pytest.mark.parametrize("options, words", [
     ({"num_channels": 40}, "--num_channels 40"),
     ({"num_heads": 5}, "--num_heads 5"),
-    ({"image_size": 48}, "--image_size 48.*32, 64, 128, 256"),
+    ({"image_size": 48}, "--image_size 48.*16, 32, 64, 128, 256"),
     ({"diffusion_steps": 20}, "--diffusion_steps 20.*--noise_schedule cosine"),
     ({"noise_schedule": "square"}, "square.*linear, cosine"),
     ({"attention_resolutions": "a"}, "--attention_resolutions"),

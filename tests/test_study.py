@@ -13,7 +13,7 @@ import pytest
 
 import helpers
 from helpers import make_checkpoint
-from improved_diffusion.data import paths
+from improved_diffusion.data import paths, walks
 from improved_diffusion.evaluation.metric_tables import read_info, read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
@@ -116,7 +116,7 @@ def test_impossible_studies_are_refused(options, message):
 
 
 def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
-    monkeypatch.setattr(study_report, "GAP_FRAMES", 2)
+    monkeypatch.setattr(walks, "GAP_FRAMES", 2)
     study.run(config, run_script=ran)
     assert len(ran) == len(study.commands(config)) == 11
     report = study_report.write_report(config).read_text()

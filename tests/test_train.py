@@ -28,18 +28,10 @@ from train_runs import (
     equal,
     flags,
     make_loop,
-    make_videos,
+    newest_step,
     train,
     wake_up,
 )
-
-
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    """A data set; checkpoints go below tmp_path, wandb is off."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    return make_videos(tmp_path / "videos")
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +302,7 @@ def test_a_gradient_longer_than_the_limit_is_cut_to_it(videos, limit, clipped):
         return float(torch.cat([grad.flatten() for grad in grads]).norm())
 
     plain = gradients(awake_loop(videos))
-    loop = awake_loop(videos, grad_clip=limit)
+    loop = awake_loop(videos, grad_clip=limit, log_interval=9)
     cut = gradients(loop)
     assert 1e-2 < norm(plain) < 1e2
     assert norm(cut) == pytest.approx(limit if clipped else norm(plain), rel=1e-4)
@@ -321,11 +313,11 @@ def test_a_gradient_longer_than_the_limit_is_cut_to_it(videos, limit, clipped):
 def test_the_loss_scale_grows_slowly_and_halves_on_overflow():
     scale = fp16_util.LossScale(0.001)
     start = scale.value
-    scale.update(False)
+    scale.update(torch.tensor(1.0))
     assert scale.value == start / 2
     for _ in range(1000):
-        scale.update(True)
-    assert scale.value == pytest.approx(start)
+        scale.update(torch.tensor(0.0))
+    assert float(scale.value) == pytest.approx(float(start))
 
 
 def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
@@ -338,7 +330,7 @@ def test_the_loss_scale_leaves_the_gradients_as_they_are(videos):
 def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
     loop = make_loop(videos)
     loop.train_step.loss_scale = fp16_util.LossScale(0.001)
-    loop.train_step.loss_scale.log2 = 0.5
+    loop.train_step.loss_scale.log2.fill_(0.5)
     spoil(loop, {0})
     with pytest.raises(ValueError, match="the float16 loss scale fell below 2.0: .* --use_fp16"):
         loop.run_step(items(loop))
@@ -347,8 +339,8 @@ def test_a_loss_scale_below_one_ends_the_run_in_one_line(videos):
 def test_an_overflow_skips_the_update_and_halves_the_loss_scale(videos, caplog):
     loop = make_loop(videos)
     loop.train_step.loss_scale = fp16_util.LossScale(0.001)
-    loop.train_step.loss_scale.log2 = 200.0
-    assert loop.run_step(items(loop)) is False
+    loop.train_step.loss_scale.log2.fill_(200.0)
+    loop.run_step(items(loop))
     assert (loop.step, loop.train_step.loss_scale.log2) == (0, 199.0)
     assert not caplog.records
 
@@ -446,7 +438,7 @@ def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     loop.train_step.optimizer.step = update
     before = signal.getsignal(number)
     assert loop.run_loop() is True
-    assert checkpoints.find_resume_step(loop.run.folder) == loop.step == 4
+    assert newest_step(loop.run.folder) == loop.step == 4
     assert signal.getsignal(number) is before
 
 

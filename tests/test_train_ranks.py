@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from improved_diffusion.data import checkpoints
 from improved_diffusion.training import signals
 from train_runs import (
     MPIEXEC,
@@ -14,6 +13,7 @@ from train_runs import (
     assert_same_run,
     environment,
     flags,
+    load_run,
     make_videos,
     rank_script,
     train,
@@ -40,7 +40,7 @@ def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_pat
                 print("equal at", self.step, flush=True)
             return made
 
-        TrainStep.__call__ = checked
+        TrainStep.begin = checked
     """
     done = train(
         tmp_path,
@@ -53,7 +53,7 @@ def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_pat
     assert (
         "ranks: 2, device: cpu" in done.stderr and "batch size: 2 per rank, 4 over" in done.stderr
     )
-    assert checkpoints.load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 16
+    assert load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 16
 
 
 @pytest.mark.slow
@@ -71,13 +71,13 @@ def test_a_signal_at_one_rank_saves_all_and_the_resumed_run_equals_an_unbroken_o
         sys.argv[1:] = [*options, "--resume_id=whole"]
         video_train.main()
         sys.argv[1:] = [*options, "--resume_id=parts"]
-        TrainStep.__call__ = stopped
+        TrainStep.begin = stopped
         try:
             video_train.main()
         except SystemExit as stop:
             with open(f"exit_{os.getpid()}", "w") as file:  # lines of two ranks may mingle
                 file.write(str(stop.code))
-        TrainStep.__call__ = update
+        TrainStep.begin = update
     """
     done = train(
         tmp_path,
@@ -106,7 +106,7 @@ def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path
                 raise {error}
             return made
 
-        TrainStep.__call__ = fails
+        TrainStep.begin = fails
     """
     done = train(
         tmp_path, *flags(videos, num_workers=1), ranks=2, script=rank_script(tmp_path, body)
@@ -168,7 +168,7 @@ def test_resume_equals_an_unbroken_run_for_ranks_workers_samplers_and_microbatch
     assert done.returncode == 0, done.stderr
     whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
     assert_same_run(whole, parts)
-    state = checkpoints.load_run(str(parts)).opt_state
+    state = load_run(str(parts)).opt_state
     assert state["position"] == 6 * ranks
     if sampler != "uniform":
         assert (state["schedule_sampler"]["counts"] > 1).all()
@@ -232,7 +232,7 @@ def test_another_number_of_ranks_resumes_and_says_so(videos, tmp_path):
     done = train(tmp_path, *options, "--max_steps=2")
     assert done.returncode == 0, done.stderr
     assert "2 ranks before, 1 now: the order of the data and the noise may differ" in done.stderr
-    assert checkpoints.load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 6
+    assert load_run(str(tmp_path / "checkpoints" / "run")).opt_state["position"] == 6
 
 
 # The same timestep and noise for a video whatever rank it falls to; doubles all through the
@@ -268,7 +268,7 @@ SAME_ITEMS = """
         return made
 
     real_losses, real_wrap = TrainStep.losses, dist_util.wrap_ddp
-    TrainStep.losses, TrainStep.__call__, dist_util.wrap_ddp = losses, save, wrap
+    TrainStep.losses, TrainStep.begin, dist_util.wrap_ddp = losses, save, wrap
     Loop.finished = property(lambda self: self.step > 0)
 """
 

@@ -12,7 +12,7 @@ from improved_diffusion.sampling.trained_model import create_diffusion, create_m
 from improved_diffusion.training.optimizers import as_matrix, hidden_matrices
 from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.train_step import TrainStep
-from train_runs import equal, make_loop, make_videos
+from train_runs import equal, make_loop
 
 
 class Tiny(nn.Module):
@@ -227,12 +227,6 @@ def test_wrong_optimisers_are_refused_in_one_line(options, words):
 
 
 # ---------------------------------------------------------------- the log, and what a run keeps
-
-
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_videos(tmp_path / "videos")
 
 
 def test_the_error_of_clean_frames_is_logged_by_log_snr_without_weights():

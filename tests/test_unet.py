@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from improved_diffusion.config import ModelConfig
-from improved_diffusion.nn import compile_network
+from improved_diffusion.nn import compile_network, doubled_conv3x3
 from improved_diffusion.rpe import distance_features
 from improved_diffusion.unet import (
+    Downsample,
     FactorizedAttentionBlock,
     FrameContext,
     ResBlock,
@@ -146,6 +147,28 @@ def test_one_row_of_timesteps_and_frames_stands_for_all_videos():
         shared = model(x, timesteps, frame_indices=frames, **options)
         repeated = model(x, timesteps.expand(B), frame_indices=frames.expand(B, -1), **options)
     assert (shared - repeated).abs().max() < 1e-5 * repeated.abs().max()
+
+
+def test_frames_of_16_pixels_have_three_levels():
+    model = UNetVideoModel(ModelConfig(image_size=16, num_channels=32, num_res_blocks=1))
+    x = torch.zeros(1, T, 3, 16, 16)
+    mask, frames = torch.ones(1, T, 1, 1, 1), torch.arange(T)[None]
+    assert sum(isinstance(stage[0], Downsample) for stage in model.input_blocks) == 2
+    options = {"x0": x, "obs_mask": 0 * mask, "latent_mask": mask, "frame_indices": frames}
+    assert model(x, torch.tensor([30.0]), **options).shape == x.shape
+
+
+def test_a_convolution_of_doubled_images_never_makes_them():
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    out = doubled_conv3x3(x, weight, bias)
+    torch.testing.assert_close(out, expected)
+    mine = torch.autograd.grad(out.cos().sum(), inputs)
+    theirs = torch.autograd.grad(expected.cos().sum(), inputs)
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_bfloat16_stays_within_four_percent_of_float32():

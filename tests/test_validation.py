@@ -10,13 +10,7 @@ from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.trained_model import create_diffusion
 from improved_diffusion.training import signals, validation
-from train_runs import assert_same_run, column, flags, make_loop, make_videos, train
-
-
-@pytest.fixture
-def videos(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_videos(tmp_path / "videos")
+from train_runs import assert_same_run, column, flags, make_loop, train
 
 
 def item(num_obs=1, num_latent=3):

@@ -96,8 +96,10 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 
 def test_an_impossible_image_size_is_refused():
-    with pytest.raises(ValueError, match=r"--image_size 48: choose one of \(32, 64, 128, 256\)"):
-        dataset_spec("minerl", image_size=48, image_sizes=(32, 64, 128, 256))
+    with pytest.raises(
+        ValueError, match=r"--image_size 48: choose one of \(16, 32, 64, 128, 256\)"
+    ):
+        dataset_spec("minerl", image_size=48, image_sizes=(16, 32, 64, 128, 256))
 
 
 @pytest.mark.parametrize(

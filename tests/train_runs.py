@@ -83,7 +83,7 @@ def make_loop(
         data,
         train,
         run=open_run(train, stored),
-        measures=train_util.Measures(create_diffusion(short), valid_data),
+        monitoring=train_util.Monitoring(create_diffusion(short), valid_data),
     )
 
 
@@ -129,7 +129,7 @@ def rank_script(folder: Path, body: str) -> str:
         "from improved_diffusion import dist_util, registry, resample, train_util\n"
         "from improved_diffusion.training.train_step import TrainStep\n"
         "from improved_diffusion.script_util import run_main\n"
-        "Loop, update = train_util.TrainLoop, TrainStep.__call__\n"
+        "Loop, update = train_util.TrainLoop, TrainStep.begin\n"
         + textwrap.dedent(body)
         + "\nrun_main(video_train.main)\n"
     )
@@ -155,8 +155,20 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
+def load_run(folder: str) -> checkpoints.RunState:
+    """The newest set of a run, which must be there."""
+    state = checkpoints.load_newest(folder)
+    assert state is not None, folder
+    return state
+
+
+def newest_step(folder: str) -> int | None:
+    """The step of the newest complete set in a run's folder, None where there is none."""
+    return max((found.step for found in checkpoints._complete_sets(folder)), default=None)
+
+
 def assert_same_run(first: object, second: object) -> None:
-    first, second = checkpoints.load_run(str(first)), checkpoints.load_run(str(second))
+    first, second = load_run(str(first)), load_run(str(second))
     assert first.step == second.step
     assert equal(first.model_state, second.model_state)
     assert equal(first.ema_states, second.ema_states)

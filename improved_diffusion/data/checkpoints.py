@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +129,6 @@ def _load(path: str, *, in_file: bool) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def find_resume_step(folder: str) -> int | None:
-    """The step of the newest complete set in a run's folder, None where there is none."""
-    return max((found.step for found in _complete_sets(folder)), default=None)
-
-
 def load_newest(folder: str) -> RunState | None:
     """The newest complete set whose files can all be read; None in a folder without checkpoints.
 
@@ -153,14 +148,6 @@ def load_newest(folder: str) -> RunState | None:
         f"{folder} has checkpoint files but no whole set to go on from ({problem}): "
         "mend or move them, or train under another --resume_id"
     )
-
-
-def load_run(folder: str) -> RunState:
-    """As `load_newest`; raises FileNotFoundError in a folder without checkpoints."""
-    state = load_newest(folder)
-    if state is None:
-        raise FileNotFoundError(f"{folder}: no complete checkpoint (model_*.pt with its opt_*.pt)")
-    return state
 
 
 def load_set(found: SavedSet) -> RunState:
@@ -302,10 +289,10 @@ def save_run(
 ) -> None:
     """Write the set of `step`, point `*_latest.pt` at it, and remove what is not to be kept.
 
-    `ema_states` by rate; `opt_state`: all else that an exact resume needs. `latest_only` leaves
-    only `*_latest.pt` of this set, `keep` the newest so many numbered sets (0: all).
-    Raises OSError with a clear message where the disk is full or the folder not writable; what was
-    written of the set is removed then.
+    `ema_states` by rate; `opt_state`: all else that an exact resume needs. Nothing may change them
+    meanwhile: see `snapshot`. `latest_only` leaves only `*_latest.pt` of this set, `keep` the newest
+    so many numbered sets (0: all). Raises OSError where the disk is full or the folder not writable;
+    what was written of the set is removed then.
     """
     weights = {"model": model_state, **{paths.ema_kind(rate): s for rate, s in ema_states.items()}}
     contents: dict[str, Any] = {
@@ -360,16 +347,29 @@ def _cannot_write(path: str, error: Exception) -> OSError:
     return OSError(f"cannot write {path}: {reason}; the last complete checkpoint is untouched")
 
 
+def snapshot(value: Any) -> Any:
+    """A copy of a nested state, which stays as it is now: every tensor contiguous on the CPU."""
+    import torch
+
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+    return _with_tensors(value, copy)
+
+
 def _portable(value: Any) -> Any:
-    """`value` with every tensor inside contiguous on the CPU."""
+    return _with_tensors(value, lambda tensor: tensor.detach().cpu().contiguous())
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous()
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: _with_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
+        return [_with_tensors(item, change) for item in value]
     return value
 
 

@@ -33,6 +33,7 @@ def dataset_spec(
     *,
     image_size: int | None = None,
     image_sizes: Collection[int] | None = None,
+    measured: tuple[int, int] | None = None,
     **reading: Any,
 ) -> DatasetSpec:
     """The data set of a name in DATASETS, or of a folder of videos, as it is to be read.
@@ -41,6 +42,7 @@ def dataset_spec(
         name: the name or the folder's path. A named set's videos are not looked at.
         image_size: scale the frames to this size (None: the size of the files).
         image_sizes: the sizes that the network can have (None: any).
+        measured: (T, image_size) of a folder as another process made it: no video is looked at.
         reading: fields of `config.DataConfig`; cache_dir plays no part.
 
     Raises ValueError for an unknown name, impossible options, a folder with broken videos (all of
@@ -59,7 +61,11 @@ def dataset_spec(
     else:
         spec, T = _own_folder(name, data.test_fraction), 0
     spec = dataclasses.replace(spec, T=T, frame_rate=rate, skip_broken=data.skip_broken)
-    return spec if name in DATASETS else _measure_folder(spec, image_size, image_sizes)
+    if name in DATASETS:
+        return spec
+    if measured is not None:
+        return dataclasses.replace(spec, T=measured[0], image_size=measured[1])
+    return _measure_folder(spec, image_size, image_sizes)
 
 
 def _own_folder(name: str, test_fraction: float | None) -> DatasetSpec:
@@ -253,18 +259,32 @@ def _cached_copy(path: Path, cache_dir: Path) -> Path:
 class VideoFiles:
     """The videos of one partition of a data set.
 
-    With `cache_dir` every file is copied below that folder on first use, and read there.
+    With `cache_dir` every file is copied below that folder on first use, and read there. `names`:
+    those of the same partition in another process; the folder is not listed then.
     Raises FileNotFoundError where there are none.
     """
 
     def __init__(
-        self, spec: DatasetSpec, partition: str, cache_dir: str | os.PathLike[str] | None = None
+        self,
+        spec: DatasetSpec,
+        partition: str,
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.spec = spec
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.paths = sorted_files(spec.list_files(spec.root, partition))
+        if names is None:
+            self.paths = sorted_files(spec.list_files(spec.root, partition))
+        else:
+            self.paths = [spec.root / name for name in names]
         if not self.paths:
             raise FileNotFoundError(f"{spec.root}: no videos in the partition {partition}")
+
+    @property
+    def names(self) -> list[str]:
+        """The videos in their order, as paths below the data set's folder."""
+        return [os.path.relpath(path, self.spec.root) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -161,7 +161,7 @@ def _ray_mazes(name: str) -> DatasetSpec:
         ray_mazes.IMAGE_SIZE,
         ray_mazes.IMAGE_SIZE,
         make=functools.partial(ray_mazes.make_dataset, name),
-        made_sizes=(32, 64, 128, 256),
+        made_sizes=(16, 32, 64, 128, 256),
     )
 
 

@@ -5,7 +5,7 @@ Frames are indices from 0 to T-1; `done` ones exist: they were observed or sampl
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence, Set
 
 import numpy as np
@@ -27,10 +27,9 @@ def spread(num_frames: int, count: int) -> list[int]:
 
 def split_around(done: Set[int], latent: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Sorted done frames before the first latent frame, between first and last, and after."""
-    ordered, first, last = sorted(done), latent[0], latent[-1]
-    before = ordered[: bisect.bisect_left(ordered, first)]
-    between = ordered[bisect.bisect_right(ordered, first) : bisect.bisect_left(ordered, last)]
-    return before, between, ordered[bisect.bisect_right(ordered, last) :]
+    frames, first, last = sorted(done), latent[0], latent[-1]
+    between = frames[bisect_right(frames, first) : bisect_left(frames, last)]
+    return frames[: bisect_left(frames, first)], between, frames[bisect_right(frames, last) :]
 
 
 def hierarchy_stride(num_missing: int, step_size: int, level: int, levels: int) -> int:
@@ -45,10 +44,10 @@ def hierarchy_stride(num_missing: int, step_size: int, level: int, levels: int) 
 def walk(undone: Sequence[int], start: int, stride: int, count: int) -> list[int]:
     """At most `count` of the sorted `undone` frames from `start` on, at least `stride` apart."""
     taken: list[int] = []
-    for frame in undone:
-        if frame >= start and len(taken) < count:
-            taken.append(frame)
-            start = frame + stride
+    place = bisect_left(undone, start)
+    while place < len(undone) and len(taken) < count:
+        taken.append(undone[place])
+        place = bisect_left(undone, undone[place] + stride)
     return taken
 
 

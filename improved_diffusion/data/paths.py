@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ LATEST = "latest"
 LEFTOVER_AGE_S = 86400.0
 # What a lock file says: see `file_lock`.
 LOCK_OWNER = r"process (\d+) on (.+)"
+
+_umask_is_mine = threading.Lock()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -85,17 +88,31 @@ def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname())[:32]
 
 
-def is_gone(host: str, pid: int) -> bool:
-    """Whether a process is known to have ended: one of this machine (named as by `gethostname`)."""
+def is_gone(host: str, pid: int, started: str | None = None) -> bool:
+    """Whether a process is known to have ended: one of this machine (named as by `gethostname`).
+
+    started: what `process_start` said of it, where that is known: numbers are used again.
+    """
     if re.sub(r"\W", "_", host)[:32] != _host():
         return False
+    now = process_start(pid)
+    return now is None or (now != "" and started is not None and now != started)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, None where there is none; "" where nobody knows."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's
-        return False
-    return False
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # no such process, or no such file system, or somebody else's that is hidden
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return ""
+    values = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if values[0] in "ZX" else values[19]
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -171,8 +188,9 @@ def remove(path: str) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _umask_is_mine:  # it cannot be read without being set, and threads share it
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 
@@ -193,6 +211,10 @@ class CheckpointName(NamedTuple):
     kind: str  # "model", "ema" or "opt"
     ema_rate: str | None
     step: int | None
+
+
+# The pose network for colour_mazes and maze_laps, in the source tree.
+POSE_NETWORK = Path(__file__).resolve().parents[2] / "checkpoints/pretrained/poses/ray_mazes.pt"
 
 
 def checkpoints_root() -> str:

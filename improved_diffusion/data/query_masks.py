@@ -112,9 +112,9 @@ def _observing_at_random(
                 return [[]], [self._first_latents()]
             start, places, latent = self._plan()
             observed = start[:places]
-            others = sorted(self._done_frames - set(observed))
+            others = np.array(sorted(self._done_frames.difference(observed)), np.int64)
             number = min(places - len(observed), len(others))
-            return [observed + list(rng.choice(others, number, replace=False))], [latent]
+            return [[*observed, *rng.choice(others, number, replace=False)]], [latent]
 
     return ObservingAtRandom
 

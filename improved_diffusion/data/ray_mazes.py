@@ -26,6 +26,7 @@ from improved_diffusion.data.ray_casting import (
     exact,
     render,
 )
+from improved_diffusion.data.walks import map_path, pose_path
 
 IMAGE_SIZE = 32
 LAPS_FRAMES = 240  # T of maze_laps: four laps or more
@@ -271,9 +272,10 @@ def make_dataset(
 
 
 def _write_video(folder: Path, partition: str, index: int, video: Video) -> None:
-    with atomic_write(folder / partition / f"{index}.npy") as file:
+    path = folder / partition / f"{index}.npy"
+    with atomic_write(path) as file:
         np.save(file, video.frames)
-    with atomic_write(folder / "poses" / partition / f"{index}.npy") as file:
+    with atomic_write(pose_path(path)) as file:
         np.save(file, video.poses)
-    with atomic_write(folder / "maps" / partition / f"{index}.npz") as file:
+    with atomic_write(map_path(path)) as file:
         np.savez(file, walls=video.walls, period=video.period)

@@ -17,6 +17,16 @@ def make_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """For noise of training: `generator` on the CPU, elsewhere one of the device, seeded alike.
+
+    Its numbers differ from one kind of device to another, and need no way there.
+    """
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(generator.initial_seed())
+
+
 def randn(
     shape: Sequence[int], generator: Generators = None, device: torch.device | str = "cpu"
 ) -> Tensor:

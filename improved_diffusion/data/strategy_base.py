@@ -171,7 +171,8 @@ class InferenceStrategyBase:
         videos = zip(observed, latent, strict=True) if self.is_adaptive else [(observed, latent)]
         steps = [self._checked(*video) for video in videos]
         sampled = steps[0][1]
-        logger.debug("%s, step %d: %s", self._mode(), self._current_step, steps)
+        if logger.isEnabledFor(logging.DEBUG):  # finding the mode's name takes longer than a step
+            logger.debug("%s, step %d: %s", self._mode(), self._current_step, steps)
         if not self._done_frames:
             self._obs_frames = sorted(sampled)
         self._done_frames.update(sampled)

@@ -157,6 +157,7 @@ def get_train_dataset(
     *,
     image_size: int | None = None,
     cache_dir: str | None = None,
+    names: Sequence[str] | None = None,
     **recipe: Any,
 ) -> TrainDataset:
     """The training items of a data set.
@@ -165,16 +166,18 @@ def get_train_dataset(
         name: a name in DATASETS, a folder of videos, or what `dataset_spec` made of it.
         image_size: None: that of the data set.
         cache_dir: copy files below this folder on first use, and read them there.
+        names: the `VideoFiles.names` of the same data set as another process made it.
         recipe: the fields of ItemRecipe; T and max_frames must be given.
 
-    The headers of all training videos are looked at, once for all processes.
+    The headers of all training videos are looked at, unless `names` says that somebody has.
 
     Raises ValueError as ItemRecipe, and naming all videos that are broken, of another size than
     their set or shorter than T, and as `dataset_spec`; FileNotFoundError as `prepare_dataset`.
     """
     items = ItemRecipe(**recipe)
-    files = VideoFiles(_resolve(name, image_size), "train", cache_dir)
-    files.check_training_videos(items.T)
+    files = VideoFiles(_resolve(name, image_size), "train", cache_dir, names=names)
+    if names is None:
+        files.check_training_videos(items.T)
     return TrainDataset(files, items)
 
 

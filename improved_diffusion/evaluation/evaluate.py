@@ -41,10 +41,10 @@ def evaluate(config: EvalConfig) -> Outcome:
     """Compute `config.modes` for each evaluation directory and write its table.
 
     The pickle is {metric: float64 array}: metrics of frames [videos, samples, predicted frames],
-    those of whole videos [samples]; the .json beside it tells what they are of. A metric that cannot
-    be computed does not keep the others from it. As an array task: only one batch of videos is
-    computed, and the table is written by whichever task completes it. Ranks share the videos out,
-    and rank 0 writes the table.
+    of samples [videos, samples, columns], of whole videos [samples]; the .json beside it tells what
+    they are of. A metric that cannot be computed does not keep the others from it. As an array task:
+    only one batch of videos is computed, and the table is written by whichever task completes it.
+    Ranks share the videos out, and rank 0 writes the table.
 
     Raises ValueError or FileNotFoundError for a user's mistake, before anything is computed.
     """

@@ -7,36 +7,102 @@ the first `period` frames after it, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from improved_diffusion.evaluation.metrics import FrameMetric
+from improved_diffusion.evaluation.metrics import (
+    FrameMetric,
+    Lpips,
+    Psnr,
+    SampleMetric,
+    Ssim,
+    TrueVideo,
+)
 
 LAPS = (2, 3, 4)
+PREDICTIONS = ("samples", "own last lap", "one period earlier", "last observed frame")
 
 
-def lap_numbers(num_frames: int, obs_length: int, period: int) -> np.ndarray:
-    """int64 [T]: the lap that each frame belongs to; 0 where it is observed.
+class LapMetric(SampleMetric):
+    """A metric of frames, averaged over laps 2, 3 and 4 of each of PREDICTIONS; see `predictions`.
 
-    Raises ValueError where less than a lap is observed, since the rest is not determined then.
+    Decibels are averaged as squared errors: a repeated frame meets its own copy once in every lap, whose
+    psnr is inf. A lap that the video is too short for is nan.
     """
-    if not 1 <= period <= obs_length:
-        raise ValueError(
-            f"--obs_length {obs_length}: a lap of this video has {period} frames, "
-            "observe at least so many"
+
+    columns = tuple(f"lap {lap}: {name}" for name in PREDICTIONS for lap in LAPS)
+    of_frames: ClassVar[type[FrameMetric]]  # the metric that is averaged
+
+    def __init__(self, options: Any = None, *, device: str = "cpu") -> None:
+        super().__init__(options, device=device)
+        self.metric = self.of_frames(self.options, device=device)
+
+    def settings(self) -> dict[str, Any]:
+        return self.metric.settings()
+
+    def compute(self, sample: np.ndarray, truth: TrueVideo) -> np.ndarray:
+        """Raises ValueError also where no period is known, or less than a lap is observed."""
+        numbers = lap_numbers(truth)
+        pairs = predictions(sample, truth)
+        decibels = self.metric.unit == "dB"
+        return np.concatenate(
+            [
+                mean_by_lap(self.metric.compute(*pair), numbers, truth.period, decibels=decibels)
+                for pair in pairs.values()
+            ]
         )
-    frames = np.arange(num_frames)
-    return np.where(frames < obs_length, 0, 2 + (frames - obs_length) // period)
+
+
+class LapPsnr(LapMetric):
+    """Peak signal-to-noise ratio of each lap's mean squared error."""
+
+    unit = "dB"
+    of_frames = Psnr
+
+
+class LapSsim(LapMetric):
+    """Structural similarity lap by lap."""
+
+    Options = Ssim.Options
+    of_frames = Ssim
+
+
+class LapLpips(LapMetric):
+    """LPIPS lap by lap."""
+
+    Options = Lpips.Options
+    of_frames = Lpips
+
+
+def lap_numbers(truth: TrueVideo) -> np.ndarray:
+    """int64 [n]: the lap that each predicted frame belongs to, from 2 on.
+
+    Raises ValueError where laps are not known, less than one is observed, so that the rest is not
+    determined, or frames after the first sampled one are observed, too.
+    """
+    predicted, period = truth.predicted, truth.period
+    start, end = predicted[0], len(truth.frames)
+    if not period:
+        raise ValueError(
+            f"the videos of {truth.dataset} do not repeat themselves after a known period: laps can be "
+            "scored on maze_laps, and on folders that keep maps/ as it does"
+        )
+    if period > start:
+        raise ValueError(
+            f"--obs_length {start}: a lap of this video has {period} frames, observe at least so many"
+        )
+    if len(predicted) != end - start:
+        raise ValueError("laps can be scored only where all observed frames are at the start")
+    return 2 + (predicted - start) // period
 
 
 def mean_by_lap(
     values: np.ndarray, numbers: np.ndarray, period: int, *, decibels: bool = False
 ) -> np.ndarray:
-    """The means of `values` [T] over the frames of each of LAPS; nan where one is not complete.
+    """The means of `values` [n] over the frames of each of LAPS; nan where one is not complete.
 
-    Decibels are averaged as squared errors: a repeated frame meets its own copy once in every lap, whose
-    psnr is inf. numbers: [T] from `lap_numbers`.
+    numbers: [n] from `lap_numbers`. decibels: average squared errors instead.
     """
     values = 10 ** (-values / 10) if decibels else values
     laps = [values[numbers == lap] for lap in LAPS]
@@ -45,78 +111,20 @@ def mean_by_lap(
         return -10 * np.log10(means) if decibels else means
 
 
-def predictions(
-    samples: np.ndarray, truth: np.ndarray, obs_length: int, period: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is compared with what, each uint8 [T - obs_length, 3, H, W], from the first sampled frame on.
+def predictions(sample: np.ndarray, truth: TrueVideo) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What is compared with what, by PREDICTIONS, each uint8 [n, 3, H, W]: the predicted frames.
 
     "samples" with the truth; "own last lap": each sampled frame with the sample one period before,
     which tells whether a video agrees with itself, right or wrong; and two predictions that need no
     network, with the truth: "one period earlier", perfect memory, and "last observed frame".
-
-    Args:
-        samples, truth: uint8 [T, 3, H, W].
     """
-    later, earlier = slice(obs_length, None), slice(obs_length - period, len(truth) - period)
-    last = np.broadcast_to(truth[obs_length - 1], truth[later].shape)
-    return {
-        "samples": (samples[later], truth[later]),
-        "own last lap": (samples[later], samples[earlier]),
-        "one period earlier": (truth[earlier], truth[later]),
-        "last observed frame": (last, truth[later]),
-    }
-
-
-def measure_laps(
-    samples: np.ndarray,
-    truth: np.ndarray,
-    periods: Sequence[int],
-    *,
-    obs_length: int,
-    metrics: Mapping[str, FrameMetric],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Every metric of every prediction, by lap.
-
-    Args:
-        samples, truth: uint8 [N, T, 3, H, W].
-        periods: [N] frames of a lap of each video.
-        metrics: by name.
-
-    Returns:
-        {prediction: {metric: float64 [N, len(LAPS)]}}, with the predictions of `predictions`; nan for
-        laps that the videos are too short for. psnr is that of a lap's mean squared error, inf for a
-        perfect prediction.
-
-    Raises ValueError for arrays of different shapes, and as `lap_numbers` and the metrics.
-    """
-    if samples.shape != truth.shape or len(periods) != len(truth):
-        raise ValueError(
-            f"samples {list(samples.shape)}, truth {list(truth.shape)} and {len(periods)} periods "
-            "do not fit together: give the same videos"
-        )
-    rows: dict[str, dict[str, list[np.ndarray]]] = {}
-    for sample, video, period in zip(samples, truth, periods, strict=True):
-        numbers = lap_numbers(len(video), obs_length, period)[obs_length:]
-        for name, pair in predictions(sample, video, obs_length, period).items():
-            for metric_name, metric in metrics.items():
-                values = metric.compute(*pair)
-                row = mean_by_lap(values, numbers, period, decibels=metric.unit == "dB")
-                rows.setdefault(name, {}).setdefault(metric_name, []).append(row)
-    return {
-        name: {metric: np.stack(values) for metric, values in columns.items()}
-        for name, columns in rows.items()
-    }
-
-
-def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, standard error, number) of each lap over the videos that have it.
-
-    values: [N, laps]. The standard error is nan with fewer than two videos or where a value is inf.
-    """
-    count = (~np.isnan(values)).sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.nansum(values, axis=0) / count
-        variance = np.nansum((values - mean) ** 2, axis=0) / (count - 1)
-        error = np.sqrt(variance / count)
-    error[(count < 2) | ~np.isfinite(mean)] = np.nan
-    return mean, error, count
+    later = truth.predicted
+    earlier, last = later - truth.period, np.full_like(later, later[0] - 1)
+    frames = truth.frames
+    pairs = (
+        (sample[later], frames[later]),
+        (sample[later], sample[earlier]),
+        (frames[earlier], frames[later]),
+        (frames[last], frames[later]),
+    )
+    return dict(zip(PREDICTIONS, pairs, strict=True))

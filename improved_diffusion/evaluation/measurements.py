@@ -1,6 +1,6 @@
 """The metrics' values of one scored set: from the cache, computed where they are missing.
 
-One video is in memory at a time. What is kept are the values of each frame metric per sample, the
+One video is in memory at a time. What is kept are each frame's or sample's values per sample, the
 features of each video, and each distance between sets of features.
 """
 
@@ -17,7 +17,12 @@ from improved_diffusion.evaluation.cache import Cache, cache_name
 from improved_diffusion.evaluation.metrics import Measure
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import Clip, ScoredSet
-from improved_diffusion.registry import FEATURES, FRAME_METRICS, VIDEO_METRICS
+from improved_diffusion.registry import (
+    FEATURES,
+    METRICS,
+    SAMPLE_METRICS,
+    VIDEO_METRICS,
+)
 
 # What keeps one metric from being computed, and the others not.
 METRIC_ERRORS = (ValueError, FileNotFoundError)
@@ -62,7 +67,7 @@ class Workshop:
         ready: dict[str, Prepared] = {}
         failures: dict[str, str] = {}
         for name in self.config.modes:
-            prepare = self._frame_metric if name in FRAME_METRICS else self._video_metric
+            prepare = self._video_metric if name in VIDEO_METRICS else self._plain_metric
             try:
                 ready[name] = prepare(name)
             except METRIC_ERRORS as error:
@@ -72,8 +77,8 @@ class Workshop:
     def _make(self, kind: type[Measure], **more: Any) -> Measure:
         return kind(self._options[kind.Options], device=self._device, **more)
 
-    def _frame_metric(self, name: str) -> Prepared:
-        metric = self._make(FRAME_METRICS[name])
+    def _plain_metric(self, name: str) -> Prepared:
+        metric = self._make(METRICS[name])
         return Prepared(name, metric, metric.settings())
 
     def _video_metric(self, name: str) -> Prepared:
@@ -131,7 +136,7 @@ class Measurements:
             frames = clip.frames()
             self._keep_features(clip, frames)
             if clip in samples:
-                self._keep_frame_values(clip, frames, truth, true_frames)
+                self._keep_values(clip, frames, position, true_frames)
 
     def give_up(self, failures: Iterable[Mapping[str, str]]) -> None:
         """Compute no more of the metrics that fail in another process: {name: reason} of each."""
@@ -142,10 +147,10 @@ class Measurements:
     def missing(self) -> list[int]:
         """Positions of the videos that nothing at all was computed for yet, by file names alone."""
         there = self.cache.labels()
-        of_frames = [name for name, ready in self.metrics.items() if ready.features is None]
+        plain = [name for name, ready in self.metrics.items() if ready.features is None]
         positions = []
         for position, samples in enumerate(self.scored.sample_clips):
-            needed = {f"{clip.label}_{name}" for clip in samples for name in of_frames}
+            needed = {f"{clip.label}_{name}" for clip in samples for name in plain}
             for features in self._extractors():
                 needed |= {f"{clip.label}_{features.label}" for clip in self.clips(position)}
             if not needed <= there:
@@ -155,8 +160,8 @@ class Measurements:
     def values(self, name: str, settings: dict[str, Any]) -> np.ndarray | None:
         """One metric's array, computed with `settings`; None where the cache lacks some of it.
 
-        [videos, samples, predicted frames], or [samples] of a metric of whole videos, which is
-        computed from the features if it is asked for.
+        [videos, samples, predicted frames or columns], or [samples] of a metric of whole videos,
+        which is computed from the features if it is asked for.
         """
         scored = self.scored
         if name in VIDEO_METRICS:
@@ -164,9 +169,9 @@ class Measurements:
             found = [self.distance(name, settings, s, scored.truth_clips) for s in sets]
             return None if None in found else np.array(found, dtype=np.float64)
         rows = []
-        for truth, samples in zip(scored.truth_clips, scored.sample_clips, strict=True):
+        for position, samples in enumerate(scored.sample_clips):
             for clip in samples:
-                row = self.cache.load(self._frames_name(name, settings, clip, truth))
+                row = self.cache.load(self._values_name(name, settings, clip, position))
                 if row is None:
                     return None
                 rows.append(row)
@@ -204,19 +209,24 @@ class Measurements:
             names = [name for name, ready in self.metrics.items() if ready.features is features]
             self._fill(names, self._features_name(features, clip), features.measure, frames)
 
-    def _keep_frame_values(
-        self, clip: Clip, frames: np.ndarray, truth: Clip, true_frames: np.ndarray
+    def _keep_values(
+        self, clip: Clip, frames: np.ndarray, position: int, true_frames: np.ndarray
     ) -> None:
-        pair = frames[self.scored.predicted], true_frames[self.scored.predicted]
+        predicted = self.scored.predicted
+        of_frames = frames[predicted], true_frames[predicted]
         for ready in [ready for ready in self.metrics.values() if ready.features is None]:
-            file = self._frames_name(ready.name, ready.settings, clip, truth)
-            self._fill([ready.name], file, ready.measure, *pair)
+            file = self._values_name(ready.name, ready.settings, clip, position)
+            of_sample = ready.name in SAMPLE_METRICS
+            given = (
+                (frames, self.scored.true_video(position, true_frames)) if of_sample else of_frames
+            )
+            self._fill([ready.name], file, ready.measure, *given)
 
-    def _fill(self, names: list[str], file: str, measure: Any, *arrays: np.ndarray) -> None:
+    def _fill(self, names: list[str], file: str, measure: Any, *given: Any) -> None:
         """Compute one result unless it is there; what prevents it is kept, the rest goes on."""
         if self.cache.load(file) is None:
             try:
-                values = measure.compute(*arrays)
+                values = measure.compute(*given)
             except METRIC_ERRORS as error:
                 for name in names:
                     self.metrics.pop(name, None)
@@ -233,6 +243,9 @@ class Measurements:
     def _features_name(self, features: Prepared, clip: Clip) -> str:
         return cache_name(f"{clip.label}_{features.label}", clip.digest, features.settings)
 
-    def _frames_name(self, name: str, settings: dict[str, Any], clip: Clip, truth: Clip) -> str:
-        predicted = self.scored.predicted.tolist()
-        return cache_name(f"{clip.label}_{name}", clip.digest, truth.digest, predicted, settings)
+    def _values_name(self, name: str, settings: dict[str, Any], clip: Clip, position: int) -> str:
+        scored, truth = self.scored, self.scored.truth_clips[position]
+        key = [clip.digest, truth.digest, scored.predicted.tolist(), settings]
+        if name in SAMPLE_METRICS:
+            key += [scored.test_set.name, scored.periods[position]]
+        return cache_name(f"{clip.label}_{name}", *key)

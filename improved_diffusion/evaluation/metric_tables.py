@@ -177,23 +177,39 @@ def _in_short(value: Any) -> str:
 
 
 def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
-    """Summaries as text, a row for each metric of each table, then how they were computed.
+    """Summaries as text, a row for each metric (and column) of each table, then how they were computed.
 
     infos: {name: content of a table's .json}; the names are shown where there are several.
     """
+    rows = [
+        (name, label, len(info["samples"]), row)
+        for name, info in infos.items()
+        for label, row in _labelled_rows(info)
+    ]
     width = max(map(len, infos)) + 2 if len(infos) > 1 else 0
-    header = f"{'metric':8} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
+    label_width = max(8, *(len(label) for _, label, _, _ in rows)) if rows else 8
+    header = (
+        f"{'metric':{label_width}} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
+    )
     lines = [f"{'':{width}}{header} {'infinite':>9}"]
-    notes: list[str] = []
-    for name, info in infos.items():
-        for mode, row in info["metrics"].items():
-            numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
-            lines.append(
-                f"{name if width else '':{width}}{mode:8} {row['n']:6d} {len(info['samples']):7d} "
-                f"{numbers} {row['infinite']:9d}"
-            )
-            notes += _notes(mode, row)
+    for name, label, samples, row in rows:
+        numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
+        lines.append(
+            f"{name if width else '':{width}}{label:{label_width}} {row['n']:6d} {samples:7d} "
+            f"{numbers} {row['infinite']:9d}"
+        )
+    metrics = [item for info in infos.values() for item in info["metrics"].items()]
+    notes = [note for mode, row in metrics for note in _notes(mode, row)]
     return "\n".join(lines + list(dict.fromkeys(notes)))
+
+
+def _labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(metric, its summary), one for each column of those that have several."""
+    for mode, row in info["metrics"].items():
+        if "columns" in row:
+            yield from ((f"{mode} {column['name']}", column) for column in row["columns"])
+        else:
+            yield mode, row
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""Metrics: of each frame against the truth, and of whole sets of videos.
+"""Metrics: of each frame against the truth, of each sampled video, and of whole sets of videos.
 
-A metric is one class here and one line of `registry.FRAME_METRICS` or `registry.VIDEO_METRICS`,
+A metric is one class and one line of `registry.FRAME_METRICS`, `SAMPLE_METRICS` or `VIDEO_METRICS`,
 under whose name it is asked for (`--modes`), cached and tabled. Options of its own are the fields
 of its class `Options`: they become flags of every command that computes metrics. Libraries are
 imported by the function that needs them.
@@ -61,6 +61,30 @@ class FrameMetric(Measure, ABC):
         """[n] floats of frames uint8 [n, 3, H, W], twice.
 
         Raises ValueError for frames that have no such number.
+        """
+
+
+@dataclass(frozen=True)
+class TrueVideo:
+    """A true video, and what is known of it and its samples."""
+
+    frames: np.ndarray  # uint8 [T, 3, H, W]
+    predicted: np.ndarray  # int64 [n], the frames that were sampled
+    dataset: str  # the name of its data set
+    period: int  # frames after which it repeats itself; 0: it does not, or that is not known
+
+
+class SampleMetric(Measure, ABC):
+    """Some numbers of a sampled video, with those of the true video, or of predictions, beside them."""
+
+    # What the numbers are; each has its own mean and standard error over the videos.
+    columns: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def compute(self, sample: np.ndarray, truth: TrueVideo) -> np.ndarray:
+        """[columns] floats of a sample, uint8 [T, 3, H, W]; nan for those that it does not have.
+
+        Raises ValueError for videos that have no such numbers.
         """
 
 

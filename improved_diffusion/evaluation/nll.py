@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # The options that a bound depends on, beside the strategy's own: they must not differ within one folder.
 DECISIVE = (
     "checkpoint_step dataset dataset_partition T max_frames inference_mode step_size obs_length "
-    "optimal timestep_respacing seed"
+    "optimal timestep_respacing seed tf32"
 ).split()
 
 

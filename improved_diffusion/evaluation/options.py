@@ -107,6 +107,29 @@ class NllConfig(SampleConfig):
 
 
 @dataclass(frozen=True)
+class PoseConfig:
+    """Training of the network that the metrics by place ask (pose_training.py)."""
+
+    dataset: tuple[str, ...] = option(
+        ("colour_mazes", "maze_laps"),
+        "data sets of true videos with poses, one network for all",
+        nargs="+",
+        item_type=str,
+    )
+    out: str = option("pose_network.pt", "file to write")
+    updates: int = option(2000, "updates (0: only test the network in --out)")
+    batch_size: int = option(8, "videos in an update")
+    lr: float = option(2e-3, "highest learning rate")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("", "torch device (default: cuda if there is one)")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        if self.updates < 0:
+            raise ValueError(f"--updates {self.updates}: must not be negative")
+
+
+@dataclass(frozen=True)
 class PlotConfig:
     """Pictures of metrics (plots.py)."""
 

@@ -12,7 +12,7 @@ from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import cache_name
 from improved_diffusion.evaluation.measurements import Measurements
 from improved_diffusion.evaluation.options import METRICS
-from improved_diffusion.registry import VIDEO_METRICS
+from improved_diffusion.registry import SAMPLE_METRICS, VIDEO_METRICS
 
 
 def write_table(measured: Measurements) -> bool:
@@ -51,6 +51,13 @@ def _row(
     before: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A metric's summary; an earlier floor stays while it is about the same truth."""
+    if name in SAMPLE_METRICS:
+        names = SAMPLE_METRICS[name].columns
+        columns = [
+            {"name": column} | metric_tables.summarise(values[..., i])
+            for i, column in enumerate(names)
+        ]
+        return {"columns": columns, "settings": settings}
     if name not in VIDEO_METRICS:
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)

@@ -48,7 +48,11 @@ class SampleConfig:
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
     )
-    precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
+    precision: str = option(
+        "fp32",
+        "arithmetic of the network; auto: bf16 where the device has instructions for it",
+        choices=("fp32", "bf16", "auto"),
+    )
     compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
     indices: tuple[int, ...] | None = option(
         None, "only these test videos", nargs="+", item_type=int

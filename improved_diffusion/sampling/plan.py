@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.data.step_order import OrderedStep, ordered_steps, rounds_of
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
 from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, subsample
+from improved_diffusion.fp16_util import resolve_precision
 from improved_diffusion.inference_utils import (
     InferenceStrategyBase,
     create_strategy,
@@ -166,6 +167,7 @@ class Task:
         Raises ValueError or FileNotFoundError for a user's mistake.
         """
         device = machine.default_device(options.device)
+        options = replace(options, precision=resolve_precision(options.precision, device))
         model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
         dataset = options.override_dataset or model.dataset
         if not dataset:
@@ -228,6 +230,7 @@ class Task:
                 "dataset": self.dataset,
                 "T": plan.T,
                 "max_frames": plan.max_frames,
+                "tf32": False,  # see fp16_util.autocast
                 "sampler": options.sampler_name,
                 "observed_frames": plan.observed_from_data,
             }

@@ -16,9 +16,10 @@ import torch
 
 from improved_diffusion.config import check_known
 from improved_diffusion.data import paths
-from improved_diffusion.study import measures, speed
+from improved_diffusion.study import benchmark_cases, speed
+from improved_diffusion.study.benchmark_cases import DATA_CASES, NETWORK_CASES
 from improved_diffusion.study.benchmark_table import Row
-from improved_diffusion.study.measures import DATA_MEASURES, NETWORK_MEASURES
+from improved_diffusion.study.estimate import format_estimates
 from improved_diffusion.study.options import BenchmarkConfig
 from improved_diffusion.study.workload import SIZES, Size, Workload
 
@@ -37,24 +38,18 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
 
     Raises ValueError for an unknown name, a device that is not there or an impossible size.
     """
-    chosen = choose("measure", config.measure, [*NETWORK_MEASURES, *DATA_MEASURES])
-    precisions = choose("precision", config.precision, measures.DTYPES)
-    sizes = resolve_sizes(config)
+    chosen = choose("measure", config.measure, [*NETWORK_CASES, *DATA_CASES])
     device = speed.open_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    workloads = [
-        Workload(name, size, precision, device, config)
-        for name, size in networks(sizes).items()
-        for precision in precisions
-    ]
+    sizes, workloads = resolve_sizes(config), resolve_workloads(config, device)
     rows: list[Row] = []
     for workload in workloads:
-        for measure in (name for name in NETWORK_MEASURES if name in chosen):
+        for measure in (name for name in NETWORK_CASES if name in chosen):
             rows += _network_rows(workload, measure)
     for name, size in sizes.items():
-        for measure in (name for name in DATA_MEASURES if name in chosen):
-            rows.append(DATA_MEASURES[measure](name, size, config.repeats))
+        for measure in (name for name in DATA_CASES if name in chosen):
+            rows.append(DATA_CASES[measure](name, size, config.repeats))
     if config.profile is not None:
         with paths.atomic_write(config.profile) as file:
             file.write("\n".join(map(_profile, workloads)).encode())
@@ -65,6 +60,21 @@ def run_benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     with paths.atomic_write(config.out) as file:
         file.write(json.dumps(report, indent=2).encode())
     return report
+
+
+def estimate_benchmark(config: BenchmarkConfig) -> str:
+    """What the networks of `config` would cost on GPUs, as a table; ValueError for an unknown name."""
+    return format_estimates(resolve_workloads(config, torch.device("cpu")))
+
+
+def resolve_workloads(config: BenchmarkConfig, device: torch.device) -> list[Workload]:
+    """The networks of the sizes, each in each arithmetic; ValueError for an unknown name."""
+    precisions = choose("precision", config.precision, benchmark_cases.DTYPES)
+    return [
+        Workload(name, size, precision, device, config)
+        for name, size in networks(resolve_sizes(config)).items()
+        for precision in precisions
+    ]
 
 
 def choose(flag: str, text: str, known: Collection[str]) -> list[str]:
@@ -92,7 +102,7 @@ def networks(sizes: dict[str, Size]) -> dict[str, Size]:
 
 def _profile(workload: Workload) -> str:
     model, _ = workload.build()
-    call = measures.forward_call(workload, measures.timed_network(workload, model))
+    call = benchmark_cases.forward_call(workload, benchmark_cases.timed_network(workload, model))
     return speed.profile_table(call, f"{workload.name}, {workload.precision}: one forward call")
 
 
@@ -102,4 +112,4 @@ def _network_rows(workload: Workload, measure: str) -> list[Row]:
     too_large = workload.device.type == "cpu" and activations >= CPU_LIMIT
     if too_large and measure in NOT_ON_A_CPU:
         return [Row(workload.name, measure, workload.precision, note=NOT_ON_A_CPU[measure])]
-    return NETWORK_MEASURES[measure](workload)
+    return NETWORK_CASES[measure](workload)

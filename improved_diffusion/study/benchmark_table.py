@@ -10,9 +10,11 @@ from improved_diffusion.study.speed import aligned
 COLUMNS = {
     "size": "{}", "what": "{}", "precision": "{}", "seconds": "{:.4g}", "GFLOP": "{:.4g}",
     "GFLOP/s": "{:.4g}", "conv limit": "{:.4g}", "GEMM limit": "{:.4g}", "ratio": "{:.2f}",
-    "peak GB": "{:.2f}", "rate": "{}", "note": "{}",
+    "MFU": "{:.2f}", "GB moved": "{:.4g}", "peak GB": "{:.2f}", "rate": "{}", "note": "{}",
 }  # fmt: skip
-FIELDS = ("size what precision seconds gflop gflops conv_limit gemm_limit ratio peak_gb").split()
+FIELDS = (
+    "size what precision seconds gflop gflops conv_limit gemm_limit ratio mfu gb peak_gb"
+).split()
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Row:
     """One line of the table; None where there is nothing to say.
 
     `seconds` is the median and `fastest` the least of the repeats, of one call, update, trajectory,
-    item or draw; `ratio` is gflops over conv_limit; `rate` counts `unit` per second.
+    item or draw; `ratio` is gflops over conv_limit; `rate` counts `unit` per second. Of a GPU, `mfu` is
+    gflops over those of its data sheet, where it is known, and `gb` what is read and written, as counted.
     """
 
     size: str
@@ -33,6 +36,8 @@ class Row:
     conv_limit: float | None = None
     gemm_limit: float | None = None
     ratio: float | None = None
+    mfu: float | None = None
+    gb: float | None = None
     peak_gb: float | None = None
     rate: float | None = None
     unit: str = ""

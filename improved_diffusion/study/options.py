@@ -12,7 +12,16 @@ from improved_diffusion.config import (
     option,
     owned_options,
 )
-from improved_diffusion.registry import FEATURES, METRICS, STRATEGIES
+from improved_diffusion.registry import (
+    FEATURES,
+    FRAME_METRICS,
+    STRATEGIES,
+    VIDEO_METRICS,
+    JoinedRegistry,
+)
+
+# Those that give one number: what a study's tables hold.
+METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,11 @@ class BenchmarkConfig:
         False, "recompute activations in the backward pass to save memory", flag=True
     )
     compile: bool = option(False, "compile the network", flag=True)
+    estimate: bool = option(
+        False,
+        "measure nothing: count what a forward call and an update would cost on an A100 and an H100",
+        flag=True,
+    )
     repeats: int = option(3, "timed calls of each kind; the table shows their median")
     device: str = option("", "torch device (default: cuda if there is one)")
     threads: int = option(0, "threads of the CPU (0: as torch chooses)")

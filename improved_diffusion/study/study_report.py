@@ -15,6 +15,7 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
+from improved_diffusion.data.walks import far_apart, load_poses, near_poses
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.registry import METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.results import EvalDir
@@ -25,20 +26,9 @@ from improved_diffusion.study.study import Cell, cells, command_time, commands, 
 logger = logging.getLogger(__name__)
 
 HAS_POSES = ("memory_mazes",)
-# Two poses are near each other that differ by at most so much, and a frame returns to a pose only
-# if it is more than so many frames later: a walker is near the place where it was just before.
-NEAR_CELLS, NEAR_RADIANS, GAP_FRAMES = 0.5, np.radians(20), 20
 
 
 # ---------------------------------------------------------------- long-range coherence
-
-
-def near_poses(poses: np.ndarray) -> np.ndarray:
-    """bool [T, T]: which poses, [T, 3] (x, y in cells, heading in radians), are near each other."""
-    place, heading = poses[:, :2].astype(np.float64), poses[:, 2].astype(np.float64)
-    distance = np.linalg.norm(place[:, None] - place[None], axis=-1)
-    turn = np.abs((heading[:, None] - heading[None] + np.pi) % (2 * np.pi) - np.pi)
-    return (distance <= NEAR_CELLS) & (turn <= NEAR_RADIANS)
 
 
 def frame_classes(poses: np.ndarray, obs_length: int) -> dict[str, np.ndarray]:
@@ -54,7 +44,7 @@ def frame_classes(poses: np.ndarray, obs_length: int) -> dict[str, np.ndarray]:
     itself and still score badly here; that the strategies differ is what counts.
     """
     index = np.arange(len(poses))
-    returns = near_poses(poses) & (index[None] < index[:, None] - GAP_FRAMES)
+    returns = near_poses(poses) & far_apart(len(poses))
     to_observed = returns[:, :obs_length].any(axis=1)
     to_sampled = returns[:, obs_length:].any(axis=1) & ~to_observed
     sampled = index >= obs_length
@@ -74,10 +64,7 @@ def class_masks(config: StudyConfig, info: dict[str, Any], folder: Path) -> dict
     files = get_test_dataset(spec, T=config.T).files
     rows = []
     for video in info["videos"]:
-        path = spec.root / "poses" / "test" / files.paths[video].name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; {spec.how_to_make}")
-        poses = np.load(path)[:: spec.frame_rate.stride][: config.T]
+        poses = load_poses(files.paths[video])[:: spec.frame_rate.stride][: config.T]
         rows.append(frame_classes(poses, config.obs_length))
     frames = info["frames"]
     return {name: np.stack([row[name][frames] for row in rows])[:, None] for name in rows[0]}

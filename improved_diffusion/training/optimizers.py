@@ -65,9 +65,23 @@ def _adamw(
 ) -> torch.optim.Optimizer:
     import torch
 
+    # One kernel where there is one; foreach on the CPU keeps the numbers of runs that began with it.
+    kind = "fused" if params[0].is_cuda else "foreach"
     return torch.optim.AdamW(
-        params, lr=config.lr, weight_decay=config.weight_decay, betas=options.betas, foreach=True
+        params,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=options.betas,
+        **{kind: True},
     )
+
+
+def can_skip(optimizer: torch.optim.Optimizer | OptimizerPair) -> bool:
+    """Whether a step changes nothing where the optimiser's `found_inf`, on the device, is 1.
+
+    It divides gradients by its `grad_scale` then, too. torch's fused optimisers do, for GradScaler.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 class Muon:

@@ -77,7 +77,14 @@ class TrainConfig:
     )
     use_fp16: bool = option(False, "float16 with loss scaling (CUDA only)")
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
-    precision: str = option("fp32", "arithmetic of the network", choices=("fp32", "bf16"))
+    precision: str = option(
+        "fp32",
+        "arithmetic of the network; auto: bf16 where the GPU or CPU has instructions for it",
+        choices=("fp32", "bf16", "auto"),
+    )
+    tf32: bool = option(
+        True, "on a GPU: let products of float32 matrices and convolutions round factors to TF32"
+    )
     compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
     resample_observed: float = option(
         0.0, "share of items whose observed frames are the network's own denoising of them"
@@ -98,8 +105,10 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if not 0 <= self.resample_observed <= 1:
             raise ValueError(f"--resample_observed {self.resample_observed}: must be from 0 to 1")
-        if self.use_fp16 and self.precision == "bf16":
-            raise ValueError("--use_fp16 True and --precision bf16 exclude each other: choose one")
+        if self.use_fp16 and self.precision != "fp32":
+            raise ValueError(
+                f"--use_fp16 True and --precision {self.precision} exclude each other: choose one"
+            )
         if self.resume_id and self.resume_checkpoint:
             raise ValueError("--resume_id and --resume_checkpoint exclude each other: choose one")
         for rate in self.ema_rates:
@@ -126,3 +135,10 @@ class LaunchConfig:
         "--resume_checkpoint; options on the command line win",
     )
     dry_run: bool = option(False, "print the resolved options as JSON and stop", flag=True)
+    collective_timeout: float = option(
+        2.0, "hours that ranks wait for each other, before they give up and end the run"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.collective_timeout > 0:
+            raise ValueError(f"--collective_timeout {self.collective_timeout}: must be above 0")

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from improved_diffusion import dist_util
 from improved_diffusion.data.frame_batch import FrameBatch
-from improved_diffusion.data.rng_util import make_generator, randn
+from improved_diffusion.data.rng_util import generator_on, make_generator
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.training.options import TrainConfig
+from improved_diffusion.training.transfer import send
 
 OWN_ERRORS_STREAM = 1  # its random numbers are others than those of the update itself
 
@@ -51,10 +52,13 @@ class OwnErrors:
         self.network, self.config = network, config
         self.denoiser = Denoiser(network, diffusion, autocast=autocast)
 
-    def __call__(self, batch: FrameBatch, position: int) -> FrameBatch:
+    def __call__(
+        self, batch: FrameBatch, position: int, *, observed: Tensor | None = None
+    ) -> FrameBatch:
         """The batch with the observed frames of the drawn items replaced; clean ones stay in [-1, 1].
 
-        position: that of the update, which names its random numbers.
+        position: that of the update, which names its random numbers. observed: the batch's obs_mask
+        on the CPU, where it is at hand: to ask a GPU for it is to wait.
         """
         if self.config.resample_observed == 0:
             return batch
@@ -62,13 +66,15 @@ class OwnErrors:
         drawn = torch.rand(len(batch), generator=generator) < self.config.resample_observed
         steps = self.denoiser.diffusion.num_timesteps
         t = torch.randint(steps, (len(batch),), generator=generator)
-        noise = randn(batch.frames.shape, generator, batch.device)
-        observes = batch.obs_mask.flatten(1).any(dim=1).cpu()
+        on_device = generator_on(batch.device, generator)
+        noise = torch.randn(batch.frames.shape, generator=on_device, device=batch.device)
+        observes = (batch.obs_mask.cpu() if observed is None else observed).flatten(1).any(dim=1)
         chosen = (drawn & observes).nonzero().flatten()
         size = self.config.microbatch if self.config.microbatch > 0 else len(batch)
         frames = batch.frames.clone()
-        for rows in (part.to(batch.device) for part in chosen.split(size) if len(part)):
-            frames[rows] = self._denoised(_rows(batch, rows), t.to(batch.device)[rows], noise[rows])
+        t = send(t, batch.device)
+        for rows in (send(part, batch.device) for part in chosen.split(size) if len(part)):
+            frames[rows] = self._denoised(_rows(batch, rows), t[rows], noise[rows])
         return replace(batch, frames=frames)
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ def _myself() -> Holder:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        started=_start_of(os.getpid()) or "",
+        started=paths.process_start(os.getpid()) or "",
         job=os.environ.get("SLURM_JOB_ID", ""),
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
@@ -73,24 +73,6 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, None where there is none; "" where nobody knows."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return None
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except OSError:
-            pass
-        return ""
-    values = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if values[0] in "ZX" else values[19]
 
 
 _held: dict[str, RunLock] = {}  # by the lock's path; this process's
@@ -138,7 +120,7 @@ class RunLock:
         """Raise BlockingIOError where `holder`, heard of `age_s` ago, is still there."""
         here = (holder.host, holder.machine) == (self._me.host, self._me.machine)
         if here:
-            gone = _start_of(holder.pid) != holder.started
+            gone = paths.is_gone(holder.host, holder.pid, holder.started)
         elif holder.job and holder.job == self._me.job:
             gone = True  # SLURM starts a job again when its processes are gone
         else:

@@ -190,7 +190,7 @@ def describe_run(options: Mapping[str, Any], run_id: str | None = None) -> dict[
         "hosts": dist_util.hosts(),  # of every rank
         "device": device.type if gpu is None else f"{device.type} ({gpu})",
         "versions": {
-            "code": code_version(),
+            "code": code_version() if dist_util.is_main() else "",  # git takes its time on NFS
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": numpy.__version__,

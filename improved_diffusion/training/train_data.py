@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -28,24 +29,40 @@ def train_loader(data: TrainDataset, config: TrainConfig, position: int) -> Data
         seed=config.seed,
         start=position,
     )
+    on_gpu = dist_util.dev().type == "cuda"
     return DataLoader(
         _ItemsOrErrors(data),
         config.batch_size,
         sampler=keys,
         collate_fn=_collate,
-        num_workers=config.num_workers if config.num_workers >= 0 else dist_util.cores() - 1,
+        num_workers=_num_workers(config.num_workers, on_gpu),
         worker_init_fn=ignore_in_worker,
-        pin_memory=dist_util.dev().type == "cuda",
+        pin_memory=on_gpu,
     )
 
 
-def held_out_items(spec: DatasetSpec, config: TrainConfig, cache_dir: str | None) -> TrainDataset:
+def _num_workers(asked: int, on_gpu: bool) -> int:
+    """The processes that read items: as many as asked for; -1: all cores but one.
+
+    At least one then where a GPU trains: reading in this process would hold up its next kernels.
+    """
+    return asked if asked >= 0 else max(dist_util.cores() - 1, int(on_gpu))
+
+
+def held_out_items(
+    spec: DatasetSpec,
+    config: TrainConfig,
+    cache_dir: str | None,
+    *,
+    names: Sequence[str] | None = None,
+) -> TrainDataset:
     """Items of the test videos, made like those of training, for --valid_interval.
 
-    Raises ValueError for a test video that is broken or too short, now and not hours later.
+    names: as for `get_train_dataset`. Raises ValueError for a test video that is broken or too short,
+    now and not hours later.
     """
-    files = VideoFiles(spec, "test", cache_dir)
-    for index in range(min(config.valid_videos, len(files))):
+    files = VideoFiles(spec, "test", cache_dir, names=names)
+    for index in range(min(config.valid_videos, len(files)) if names is None else 0):
         video = files.open(index)
         require_length(video.path, video.shape[0], config.T)
     return TrainDataset(files, ItemRecipe(**item_options(config)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,16 @@ from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import compile_network, ema_decay, update_ema
 from improved_diffusion.registry import OPTIMIZERS
-from improved_diffusion.resample import stratified_quantiles, timestep_distribution
+from improved_diffusion.resample import (
+    ScheduleSampler,
+    stratified_quantiles,
+    timestep_distribution,
+)
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.training.optimizers import can_skip
 from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.own_errors import OwnErrors
+from improved_diffusion.training.transfer import Readback, SideCopy, send
 
 Items = Mapping[str, Tensor]
 
@@ -43,12 +48,21 @@ class Update:
     weights: list[float]  # [B], of the timestep distribution
     losses: dict[str, list[float]]  # by term, [B] each
     grad_norm: float  # before clipping
+    lr: float  # of the optimiser's first parameters
+    loss_scale_log2: float | None  # after this update, of float16
     done: bool  # False: numbers on some rank were not finite, and nothing was changed
+    signal: int  # the largest number of a stop signal that a rank had by then, or 0
 
-    @property
-    def finite(self) -> bool:
-        """Whether this rank's own numbers are finite."""
-        return math.isfinite(self.grad_norm) and all(map(math.isfinite, self.losses["loss"]))
+
+@dataclass(frozen=True)
+class _Begun:
+    """An update whose numbers are on their way from the device."""
+
+    timesteps: Tensor  # [B], on the CPU
+    weights: Tensor  # [B], on the CPU
+    losses: dict[str, Tensor]  # [B] each, on the device
+    numbers: Readback
+    lr: float
 
 
 class TrainStep:
@@ -74,7 +88,11 @@ class TrainStep:
         self.config, self.diffusion = config, diffusion
         self.device = device or dist_util.dev()
         self._autocast = functools.partial(
-            fp16_util.autocast, self.device, precision=config.precision, use_fp16=config.use_fp16
+            fp16_util.autocast,
+            self.device,
+            precision=config.precision,
+            use_fp16=config.use_fp16,
+            tf32=config.tf32,
         )
         self._autocast()  # refuses what the device cannot do
         self.step = 0  # updates made
@@ -89,19 +107,38 @@ class TrainStep:
         make_optimizer = OPTIMIZERS.made(config.optimizer, config.optimizer_options)
         self.optimizer = make_optimizer(self.network, config)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.timesteps = timestep_distribution(config, diffusion)
-        self.loss_scale = fp16_util.LossScale(config.fp16_scale_growth) if config.use_fp16 else None
+        self.timestep_distribution = timestep_distribution(config, diffusion)
+        self.loss_scale = (
+            fp16_util.LossScale(config.fp16_scale_growth, self.device) if config.use_fp16 else None
+        )
+        learns = type(self.timestep_distribution).update is not ScheduleSampler.update
+        self._runs_ahead = can_skip(self.optimizer) and not learns
+        self._side_copy = SideCopy(self.device)
+        self._begun: _Begun | None = None
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: param.detach().clone() for name, param in self.params.items()}
 
     # ------------------------------------------------------------ one update
 
-    def __call__(self, items: Items, any_rank: Callable[[bool], bool] = bool) -> Update:
-        """Update the weights from one batch of items.
+    def __call__(self, items: Items) -> Update:
+        """Make the update of one batch of items, and wait for it; as `begin`, then `finish`."""
+        finished = self.begin(items)
+        update = self.finish() or finished
+        assert update is not None, "an update was begun and never finished"
+        return update
 
-        items: B items as TrainDataset gives them, stacked. any_rank: says whether something is so
-        on any rank (default: there is one rank). All ranks must call.
+    def begin(self, items: Items, signal: Callable[[], int] = int) -> Update | None:
+        """Begin the update of one batch of items; returns the one that is finished by now, if any.
+
+        That is this one, unless the device itself can leave out a step whose numbers are not finite
+        (`can_skip`): then it is the one before, and nothing here waits for the device to have done
+        more than that. The weights are those of the update that was begun; the averages, the count
+        of updates, and the rates that depend on it, go with `finish`, before the next step of the
+        optimiser.
+
+        items: B items as TrainDataset gives them, stacked. signal: gives a stop signal's number or 0,
+        which all ranks are told; asked for last. All ranks must call.
         """
         config = self.config
         generator = make_generator(config.seed, self.position, dist_util.rank())
@@ -109,20 +146,65 @@ class TrainStep:
         t, weights = self._draw_timesteps(generator)
         self.position += config.batch_size * dist_util.world_size()
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self.own_errors(self.batch(items), self.position)
-        terms = self._backward(batch, t.to(self.device), weights.to(self.device))
+        batch = self.own_errors(self.batch(items), self.position, observed=items["obs_mask"])
+        with fp16_util.arithmetic(tf32=config.tf32, same_shapes=True):
+            losses = self._backward(batch, send(t, self.device), send(weights, self.device))
         norm = self._grad_norm()
-        self._clip_grad(norm)
-        losses = {name: values.tolist() for name, values in terms.items()}
-        update = Update(t.tolist(), weights.tolist(), losses, norm, done=False)
-        bad = any_rank(not update.finite)
+        before = self.finish()
+        self._set_rates()
+        flags, numbers = self._numbers(losses, norm, signal())
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._begun = _Begun(t, weights, losses, Readback(numbers), lr)
+        if not self._runs_ahead:
+            return self.finish()
+        self._step_unless(flags[0], norm)
+        return before
+
+    def finish(self) -> Update | None:
+        """See to the update that was begun last, once its numbers are here; None where there is none.
+
+        Raises ValueError where the float16 loss scale fell below 1.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        with dist_util.collective(f"the end of step {self.step}"):
+            bad, signal, scale, norm, *values = begun.numbers.read()
         if self.loss_scale is not None:
-            self.loss_scale.update(not bad)
-        if bad:
-            return update
-        self._update()
-        self.timesteps.update(t.to(self.device), terms["loss"])
-        return Update(t.tolist(), weights.tolist(), losses, norm, done=True)
+            self.loss_scale.check(scale)
+        if not bad:
+            if not self._runs_ahead:
+                self._clip_grad(norm)
+                self.optimizer.step()
+            self._count(begun)
+        size = len(begun.timesteps)
+        rows = [values[start : start + size] for start in range(0, len(values), size)]
+        return Update(
+            timesteps=begun.timesteps.tolist(),
+            weights=begun.weights.tolist(),
+            losses=dict(zip(begun.losses, rows, strict=True)),
+            grad_norm=norm,
+            lr=begun.lr,
+            loss_scale_log2=scale if self.loss_scale is not None else None,
+            done=not bad,
+            signal=int(signal),
+        )
+
+    def _numbers(
+        self, losses: Mapping[str, Tensor], norm: Tensor, signal: int
+    ) -> tuple[Tensor, Tensor]:
+        """([not finite on some rank, signal], these and all that `finish` wants to know); float64.
+
+        They stay on the device. Teaches the loss scale.
+        """
+        finite = norm.isfinite() & losses["loss"].isfinite().all()
+        flags = torch.stack([(~finite).double(), torch.full_like(norm, signal).double()])
+        dist_util.take_max_over_ranks(flags, what=f"the end of step {self.step}")
+        if self.loss_scale is not None:
+            self.loss_scale.update(flags[0])
+        scale = torch.zeros_like(flags[0]) if self.loss_scale is None else self.loss_scale.log2
+        scalars = torch.stack([scale, norm.double()])
+        return flags, torch.cat([flags, scalars, *(v.double() for v in losses.values())])
 
     def _draw_timesteps(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """This rank's timesteps [B], and the weights [B] of their losses."""
@@ -133,7 +215,7 @@ class TrainStep:
             quantiles = stratified_quantiles(
                 size, dist_util.rank(), ranks, shared=shared, own=generator
             )
-        return self.timesteps.sample(size, generator, quantiles=quantiles)
+        return self.timestep_distribution.sample(size, generator, quantiles=quantiles)
 
     def clean_errors(self, update: Update) -> Iterator[tuple[int, float]]:
         """(quarter of log SNR, unweighted squared error of the clean frames) of each item.
@@ -149,7 +231,7 @@ class TrainStep:
 
     def batch(self, items: Items) -> FrameBatch:
         """Stacked items on the device, as the network is given them."""
-        batch = FrameBatch.from_items(items, self.device)
+        batch = FrameBatch.from_items(self._side_copy(items), self.device)
         return batch if self.config.pad_with_random_frames else batch.with_padding_zeroed()
 
     def losses(
@@ -168,11 +250,13 @@ class TrainStep:
         total = len(t)
         size = self.config.microbatch if self.config.microbatch > 0 else total
         noise = torch.randn_like(batch.frames)
-        scale = self.loss_scale.value if self.loss_scale else 1.0
+        scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         parts = []
         for start in range(0, total, size):
             rows = slice(start, start + size)
-            with self._synchronised(start + size >= total):
+            last = start + size >= total
+            # Ranks exchange gradients once, with the last microbatch.
+            with contextlib.nullcontext() if last else dist_util.without_exchange(self.ddp):
                 terms = self.losses(batch.rows(rows), t[rows], noise[rows])
                 loss = (terms["loss"] * weights[rows]).sum() / total
                 with dist_util.collective(f"the gradients of step {self.step}"):
@@ -180,35 +264,40 @@ class TrainStep:
             parts.append(terms)
         return {name: torch.cat([part[name].detach() for part in parts]) for name in parts[0]}
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Ranks exchange gradients once, with the last microbatch."""
-        if last or not isinstance(self.ddp, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.ddp.no_sync()
-
     def _gradients(self) -> list[Tensor]:
         return [param.grad for param in self.params.values() if param.grad is not None]
 
-    def _grad_norm(self) -> float:
-        """The norm of the whole gradient; takes the loss scale out of it first."""
+    def _grad_norm(self) -> Tensor:
+        """The norm [] of the whole gradient; takes the loss scale out of it first."""
         gradients = self._gradients()
         if self.loss_scale is not None:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def _clip_grad(self, norm: float) -> None:
-        if 0 < self.config.grad_clip < norm < math.inf:
+        if 0 < self.config.grad_clip < norm:
             torch._foreach_mul_(self._gradients(), self.config.grad_clip / norm)
 
-    def _update(self) -> None:
-        """One step of the optimiser and of the averages."""
+    def _set_rates(self) -> None:
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = learning_rate(self.config, self.step, peak)
+
+    def _step_unless(self, bad: Tensor, norm: Tensor) -> None:
+        """A step of an optimiser that clips and, where `bad` [] is 1, skips on the device."""
+        self.optimizer.found_inf = bad.float()
+        if self.config.grad_clip > 0:
+            self.optimizer.grad_scale = (norm / self.config.grad_clip).clamp(min=1)
         self.optimizer.step()
+
+    def _count(self, begun: _Begun) -> None:
+        """The optimiser has made a step: count it, and take it into the averages."""
         self.step += 1
         for rate, ema in self.emas.items():
             decay = ema_decay(float(rate), self.step, warmup=self.config.ema_warmup)
             update_ema(ema, self.params.values(), decay)
+        if not self._runs_ahead:
+            t = begun.timesteps.to(self.device)
+            self.timestep_distribution.update(t, begun.losses["loss"])
 
     # ------------------------------------------------------------ the averaged network
 
@@ -218,6 +307,7 @@ class TrainStep:
 
         diffusion: another process than the trained one, such as a shorter chain.
         """
+        assert self._begun is None, "the averages lack the update that is under way: finish it"
         ema = next(iter(self.emas.values()))
 
         def network(*args: Any, **kwargs: Any) -> Tensor:
@@ -232,11 +322,12 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights and their averages."""
+        assert self._begun is None, "an update is under way: finish it"
         return {
             "optimizer": self.optimizer.state_dict(),
-            "schedule_sampler": self.timesteps.state_dict(),
+            "schedule_sampler": self.timestep_distribution.state_dict(),
             "position": self.position,
-            "loss_scale_log2": self.loss_scale.log2 if self.loss_scale else None,
+            "loss_scale_log2": None if self.loss_scale is None else float(self.loss_scale.log2),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
@@ -246,15 +337,19 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(values)
-        for param, slots in self.optimizer.state.items():
-            for name, value in slots.items():
-                # Files hold no memory layout; the fast path needs the parameter's own.
-                # Scalars are copied too, as `state` may lie in a mapped file.
-                same = value.shape == param.shape
-                slots[name] = torch.empty_like(param).copy_(value) if same else value.clone()
-        self.timesteps.load_state_dict(state["schedule_sampler"])
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                slots = self.optimizer.state.get(param, {})
+                for name, value in slots.items():
+                    # Files hold no memory layout; the fast path needs the parameter's own.
+                    # Scalars are copied too, as `state` may lie in a mapped file.
+                    same = value.shape == param.shape
+                    own = torch.empty_like(param).copy_(value) if same else value.clone()
+                    # A fused optimiser counts its steps on the device.
+                    slots[name] = own.to(param.device) if group.get("fused") else own
+        self.timestep_distribution.load_state_dict(state["schedule_sampler"])
         if self.loss_scale is not None and state["loss_scale_log2"] is not None:
-            self.loss_scale.log2 = state["loss_scale_log2"]
+            self.loss_scale.log2.fill_(state["loss_scale_log2"])
 
 
 def learning_rate(config: TrainConfig, step: int, peak: float) -> float:

@@ -1,4 +1,4 @@
-"""What the benchmark measures, a function each: calls of the network, updates, samplers, data, masks."""
+"""What the benchmark can measure, a function each: calls of the network, updates, samplers, data, masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from improved_diffusion.nn import compile_network
 from improved_diffusion.registry import SAMPLERS
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
-from improved_diffusion.study import speed
+from improved_diffusion.study import estimate, speed
 from improved_diffusion.study.benchmark_table import Row
 from improved_diffusion.study.workload import Size, Workload
 from improved_diffusion.training.options import TrainConfig
@@ -77,7 +77,7 @@ def measure_forward(workload: Workload) -> list[Row]:
     model, _ = workload.build()
     gflop = speed.count_gflop(forward_call(workload, model))
     call = forward_call(workload, timed_network(workload, model))
-    return [_measure(workload, "forward", call, gflop)]
+    return [_with_count(workload, "forward", _measure(workload, "forward", call, gflop))]
 
 
 def measure_train(workload: Workload) -> list[Row]:
@@ -93,7 +93,8 @@ def measure_train(workload: Workload) -> list[Row]:
         functools.partial(TrainStep(model, diffusion, config, workload.device), items)
     )
     update = TrainStep(model, diffusion, timed, workload.device)
-    return [_measure(workload, "training step", lambda: update(items), gflop)]
+    row = _measure(workload, "training step", lambda: update(items), gflop)
+    return [_with_count(workload, "train", row)]
 
 
 def measure_sampling(workload: Workload) -> list[Row]:
@@ -120,6 +121,18 @@ def measure_sampling(workload: Workload) -> list[Row]:
 def timed_network(workload: Workload, model: nn.Module) -> nn.Module:
     """The network as it is to be timed; its operations are counted before, in the plain one."""
     return compile_network(model) if workload.config.compile else model
+
+
+def _with_count(workload: Workload, what: str, row: Row) -> Row:
+    """Of a GPU: beside what was measured the bytes that the code moves, and the MFU."""
+    if workload.device.type != "cuda":
+        return row
+    kernels = estimate.estimate(dataclasses.replace(workload, device=torch.device("cpu")), what)
+    card = estimate.card_of(torch.cuda.get_device_name(workload.device))
+    assert row.gflops is not None
+    arithmetic = estimate.arithmetic(workload.precision, what)
+    mfu = card.mfu(row.gflops, arithmetic) if card is not None else None
+    return dataclasses.replace(row, mfu=mfu, gb=sum(kernel.bytes for kernel in kernels) / 1e9)
 
 
 def _measure(
@@ -210,12 +223,12 @@ def _rate_row(name: str, what: str, seconds: Sequence[float], number: int, unit:
     )
 
 
-NETWORK_MEASURES: dict[str, Callable[[Workload], list[Row]]] = {
+NETWORK_CASES: dict[str, Callable[[Workload], list[Row]]] = {
     "forward": measure_forward,
     "train": measure_train,
     "sampling": measure_sampling,
 }
-DATA_MEASURES: dict[str, Callable[[str, Size, int], Row]] = {
+DATA_CASES: dict[str, Callable[[str, Size, int], Row]] = {
     "data": measure_data,
     "masks": measure_masks,
 }

@@ -1,24 +1,19 @@
-"""Layers shared by the network's parts, and moving averages of weights.
+"""The group norm of the network: one operator on a GPU, sums that suit its cache on a CPU.
 
 Images are [N, C, H, W] in channels-last memory.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Module = TypeVar("Module", bound=nn.Module)
+from improved_diffusion.nn import norm_operators
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -27,13 +22,15 @@ class GroupNorm32(nn.GroupNorm):
     def __init__(self, channels: int, *, silu: bool = False):
         super().__init__(32, channels)
         self.silu = silu
+        self.group_size = channels // 32
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """Normalise images [N, C, H, W]; with `scale`, `shift` [N or 1, C]: norm * (1 + scale) + shift.
+        """Normalise images [N, C, H, W]; with `scale`, `shift` [R, C]: norm * (1 + scale) + shift.
 
-        SiLU follows where the layer was made with it.
+        R divides N: a row stands for the N / R consecutive images of one video. SiLU follows where the
+        layer was made with it.
         """
         return self._images(x, scale, shift)[0]
 
@@ -48,45 +45,73 @@ class GroupNorm32(nn.GroupNorm):
 
         Halves what a block keeps, for an affine map and a SiLU more, cheap beside a convolution.
         """
-        out, slope, offset = self._images(x, scale, shift)
+        out, again = self._images(x, scale, shift)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return layer(out)
-        image, address, dtype = x.detach(), out.data_ptr(), out.dtype
-
-        def again() -> Tensor:
-            with torch.no_grad():
-                return _as_images(
-                    _affine(at_least_float32(_pixels(image)), slope, offset, self.silu).to(dtype),
-                    image,
-                )
+        memory, shape = _memory(out), out.shape
 
         def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-            return again if saved.data_ptr() == address and saved.shape == image.shape else saved
+            return again if _memory(saved) == memory and saved.shape == shape else saved
 
         def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else kept()
+            if isinstance(kept, Tensor):
+                return kept
+            with torch.no_grad():
+                return kept()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return layer(out)
 
     def _images(
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The result, and a function that computes it again from what is kept for the backward pass."""
+        if norm_operators.run_on(x):
+            out, again = self._by_operators(_pixels(x), scale, shift)
+        else:
+            out, again = self._by_sums(_pixels(x), scale, shift)
+        size = x.shape[2:]
+        return _as_images(out, size), lambda: _as_images(again(), size)
+
+    def _by_operators(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """As `_images`, of [N, L, K]; weight and bias are repeated over the K columns."""
+        affine = [t for t in (self.weight, self.bias, scale, shift) if t is not None]
+        out, *statistics = norm_operators.normalise(x, affine, self.group_size, self.eps, self.silu)
+        kept = x.detach()
+        return out, lambda: norm_operators.normalise_again(
+            kept, statistics, affine, self.group_size, self.silu
+        )
+
+    def _by_sums(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if scale is not None and shift is not None:
+            if len(scale) > 1:
+                scale, shift = (
+                    t.repeat_interleave(len(x) // len(t), dim=0) for t in (scale, shift)
+                )
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-        group_size = self.num_channels // self.num_groups
-        out, slope, offset = normalise(_pixels(x), weight, bias, group_size, self.eps, self.silu)
-        return _as_images(out, x), slope, offset
+        out, slope, offset = normalise(x, weight, bias, self.group_size, self.eps, self.silu)
+        kept, dtype = x.detach(), out.dtype
+        return out, lambda: _affine(at_least_float32(kept), slope, offset, self.silu).to(dtype)
 
     def across_frames(self, x: Tensor) -> Tensor:
         """Normalise [B, T, D, C] with statistics over the T frames and the channels of a group."""
-        num_pixels = x.shape[2]
-        weight, bias = self.weight.repeat(num_pixels), self.bias.repeat(num_pixels)
-        group_size = self.num_channels // self.num_groups
-        out, _, _ = normalise(x.flatten(2), weight, bias, group_size, self.eps, self.silu)
+        columns = x.flatten(2)
+        if norm_operators.run_on(x):
+            return self._by_operators(columns)[0].view(x.shape)
+        weight, bias = self.weight.repeat(x.shape[2]), self.bias.repeat(x.shape[2])
+        out, _, _ = normalise(columns, weight, bias, self.group_size, self.eps, self.silu)
         return out.view(x.shape)
+
+
+def _memory(x: Tensor) -> int:
+    """Equal for tensors that share their memory; unlike data_ptr(), fake tensors have it too."""
+    return x.untyped_storage()._cdata
 
 
 def normalise(
@@ -199,8 +224,8 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _as_images(pixels: Tensor, like: Tensor) -> Tensor:
-    return pixels.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+def _as_images(pixels: Tensor, size: torch.Size) -> Tensor:
+    return pixels.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def _group_sums(columns: Tensor, group_size: int) -> Tensor:
@@ -209,52 +234,3 @@ def _group_sums(columns: Tensor, group_size: int) -> Tensor:
 
 def _spread(groups: Tensor, group_size: int) -> Tensor:
     return groups.repeat_interleave(group_size, dim=1)
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the image's size (or divides it by `stride`)."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-
-
-def compile_network(network: nn.Module) -> nn.Module:
-    """`network` through torch.compile: its first call takes minutes, then elementwise work is fused.
-
-    Raises ValueError where the C++ compiler that this needs is missing.
-    """
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(shlex.split(compiler)[0]) is None:
-        raise ValueError(
-            f"--compile True: there is no C++ compiler {compiler}: install it, name another in the "
-            "environment variable CXX, or leave --compile out"
-        )
-    return cast(nn.Module, torch.compile(network))
-
-
-def zero_module(module: Module) -> Module:
-    """Set all parameters of `module` to zero and return it."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
-def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10000) -> Tensor:
-    """Sinusoidal embedding [B, channels] (cosines, then sines) of timesteps [B], float32.
-
-    Source: Improved DDPM's code convention of "Attention is all you need" (arXiv 1706.03762), 3.5.
-    """
-    half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, channels % 2))
-
-
-def ema_decay(rate: float, step: int, *, warmup: bool) -> float:
-    """The share of the old average after update number `step` (from 1); warmup starts it low."""
-    return min(rate, (1 + step) / (10 + step)) if warmup else rate
-
-
-@torch.no_grad()
-def update_ema(average: Mapping[str, Tensor], weights: Iterable[Tensor], decay: float) -> None:
-    """average = decay * average + (1 - decay) * weights, in place; equal orders of tensors."""
-    torch._foreach_lerp_(list(average.values()), list(weights), 1.0 - decay)
