@@ -55,5 +55,6 @@ def _trial_call(denoiser: Denoiser, device: torch.device, shape: tuple[int, ...]
     indices = np.arange(num_videos)[:, None] + np.arange(num_frames)
     batch = FrameBatch.from_uint8(np.zeros(shape, np.uint8), indices, num_frames // 2, device)
     t = torch.zeros(1, dtype=torch.int64, device=device)
+    denoiser = denoiser.for_trajectories(batch, [(0, row) for row in range(num_videos)])
     with denoiser.autocast():
         denoiser.denoise(batch.frames, t, batch)

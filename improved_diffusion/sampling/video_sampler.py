@@ -118,10 +118,12 @@ class VideoSampler:
         batch = FrameBatch.from_uint8(
             frames, indices[:1] if shared else indices, num_observed, self.device
         )
-        noise = [make_generator(self.seed, *trajectory.noise) for trajectory in trajectories]
+        names = [(self.seed, *trajectory.noise) for trajectory in trajectories]
+        denoiser = self.denoiser.for_trajectories(batch, names)
+        noise = [make_generator(*name) for name in names]
         # One context for the whole way: half-precision copies of the weights are made once.
-        with self.denoiser.autocast():
-            out = SAMPLERS[self.sampler](self.denoiser, batch, generator=noise, eta=self.eta)
+        with denoiser.autocast():
+            out = SAMPLERS[self.sampler](denoiser, batch, generator=noise, eta=self.eta)
         return to_uint8(out[:, num_observed:])
 
 

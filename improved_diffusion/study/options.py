@@ -15,6 +15,8 @@ from improved_diffusion.config import (
 from improved_diffusion.registry import (
     FEATURES,
     FRAME_METRICS,
+    SAMPLERS,
+    SPACINGS,
     STRATEGIES,
     VIDEO_METRICS,
     JoinedRegistry,
@@ -191,3 +193,32 @@ class ComparisonConfig:
             raise ValueError(
                 f"--num_videos {self.num_videos}, --seconds {self.seconds}: must not be negative"
             )
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """The comparison of deterministic samplers at few calls (solver_errors.py)."""
+
+    samplers: tuple[str, ...] = option(
+        ("ddim", "dpmpp2m", "heun", "dpmpp3m", "unipc", "ipndm4"),
+        "deterministic samplers to compare, of",
+        choices=SAMPLERS,
+        nargs="+",
+        item_type=str,
+    )
+    spacings: tuple[str, ...] = option(
+        ("time", "logsnr", "rho7"),
+        "spacings to compare, of",
+        choices=SPACINGS,
+        nargs="+",
+        item_type=str,
+    )
+    calls: tuple[int, ...] = option(
+        (4, 6, 8, 10, 20), "network calls of a trajectory", nargs="+", item_type=int
+    )
+    reference_calls: int = option(1000, "network calls of the solution that errors are taken from")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if min(self.calls, default=0) < 2:
+            raise ValueError(f"--calls {self.calls}: give numbers from 2")
