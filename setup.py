@@ -15,7 +15,13 @@ TF = [
 MPI = ["mpich>=4.3,<6"]
 VIDEO = ["av>=12"]
 MAZES = ["memory-maze==1.0.3", "dm_control==1.0.31", "mujoco==3.3.3", "gym==0.26.2"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "html5lib>=1.1",
+    "playwright>=1.40",
+]
 CHECKS = ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"]
 
 setup(
@@ -24,6 +30,7 @@ setup(
     description="Flexible diffusion modeling of long videos",
     license="MIT",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
+    package_data={"improved_diffusion.evaluation.report": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5",
@@ -35,10 +42,11 @@ setup(
         "wandb>=0.17",
         "imageio>=2.34,<3",
         "imageio-ffmpeg>=0.5.1",
-        "pillow",
+        "pillow>=10.1",
         "lpips==0.1.4",
         "scikit-image>=0.24",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "tqdm",
         "filelock",
     ],

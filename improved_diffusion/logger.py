@@ -247,18 +247,28 @@ class WandbRun:
             logger.warning("wandb: cannot %s (%s): going on without it", what, _first_line(error))
             self._works = False
 
-    def log(self, row: Row, step: int) -> None:
-        """Send one row of numbers."""
+    def log(self, row: Row, step: int | None) -> None:
+        """Send one row of numbers; step None: after all that is there."""
         self._do("log", lambda: self._run.log(dict(row), step=step))
 
-    def log_videos(self, files: Sequence[str], step: int) -> None:
-        """Send gif files."""
-        self._do("log videos", lambda: self._log_videos(files, step))
+    def log_videos(self, files: Sequence[str], step: int | None, name: str = "samples") -> None:
+        """Send gif files, which must stay until `finish` returns."""
+        self._do("log videos", lambda: self._log_videos(files, step, name))
 
-    def _log_videos(self, files: Sequence[str], step: int) -> None:
+    def _log_videos(self, files: Sequence[str], step: int | None, name: str) -> None:
         import wandb
 
-        self._run.log({"samples": [wandb.Video(file, format="gif") for file in files]}, step=step)
+        self._run.log({name: [wandb.Video(file, format="gif") for file in files]}, step=step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table."""
+        self._do("log a table", lambda: self._log_table(name, columns, rows))
+
+    def _log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        import wandb
+
+        data = [list(row) for row in rows]
+        self._run.log({name: wandb.Table(columns=list(columns), data=data)})
 
     def finish(self) -> None:
         """Send what is left, and wait until that is done or WANDB_FINISH_LIMIT_S are over."""

@@ -61,13 +61,32 @@ def _value_type(hint: Any, word_for_none: str | None = None) -> Callable[[str], 
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows descriptions as they are; the lines after an option's first help line are a list."""
+    """Shows descriptions as they are; the lines after an option's first help line are a list.
+
+    The usage line names what must be given alone: it also stands above every message of argparse.
+    """
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        needed = [
+            f"{action.option_strings[0]} {action.dest.upper()}"
+            if action.option_strings
+            else action.dest
+            for action in actions
+            if action.required
+        ]
+        usage = usage or " ".join(["%(prog)s", *needed, "[options]"])
+        super().add_usage(usage, actions, groups, prefix)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         first, *items = text.splitlines()
-        lines = textwrap.wrap(" ".join(first.split()), width)
+        # Names of strategies stay whole: they are copied from here.
+        # Names of strategies stay whole: they are copied from here.
+        lines = textwrap.wrap(" ".join(first.split()), width, break_on_hyphens=False)
+        listed = textwrap.TextWrapper(
+            width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+        )
         for item in items:
-            lines += textwrap.wrap(item, width, initial_indent="  ", subsequent_indent="      ")
+            lines += listed.wrap(item)
         return lines
 
 

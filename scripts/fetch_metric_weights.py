@@ -6,12 +6,20 @@ import argparse
 from collections.abc import Sequence
 
 from improved_diffusion.data import metric_weights
-from improved_diffusion.script_util import run_main
+from improved_diffusion.script_util import HelpFormatter, run_main
+
+EPILOG = """\
+examples:
+  python scripts/fetch_metric_weights.py
+  python scripts/fetch_metric_weights.py --dir weights  # then METRIC_WEIGHTS_DIR=weights
+"""
 
 
 def create_argparser() -> argparse.ArgumentParser:
     """The script's options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--dir",
         help="folder to store the weights in (default: METRIC_WEIGHTS_DIR, or the user's cache)",

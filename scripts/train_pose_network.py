@@ -8,9 +8,15 @@ import argparse
 from improved_diffusion.evaluation.options import PoseConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
+EPILOG = """\
+examples:
+  python scripts/train_pose_network.py --out pose_network.pt
+  python scripts/train_pose_network.py --out pose_network.pt --updates 0
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, PoseConfig)
     return parser
 

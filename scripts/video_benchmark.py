@@ -9,9 +9,15 @@ import argparse
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 from improved_diffusion.study.options import BenchmarkConfig
 
+EPILOG = """\
+examples:
+  python scripts/video_benchmark.py
+  python scripts/video_benchmark.py --sizes small --measure forward,train
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, BenchmarkConfig)
     return parser
 

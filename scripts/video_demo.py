@@ -5,9 +5,15 @@ import argparse
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 from improved_diffusion.study.options import DemoConfig
 
+EPILOG = """\
+examples:
+  python scripts/video_demo.py
+  python scripts/video_demo.py --minutes 10
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, DemoConfig)
     return parser
 

@@ -9,9 +9,15 @@ import argparse
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
+EPILOG = """\
+examples:
+  python scripts/video_eval.py --eval_dir results/ID/ema_0.9999_latest_50000/autoreg_20_10_300_36
+  python scripts/video_eval.py --eval_dir A B --modes psnr ssim lpips fvd
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, EvalConfig)
     return parser
 

@@ -16,9 +16,16 @@ NOT_FOR_BOUNDS = (
     "guidance_interval clip_denoised precision obs_video status just_visualise"
 ).split()
 
+EPILOG = """\
+examples:
+  python scripts/video_nll.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg --step_size 10
+  python scripts/video_nll.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 --step_size 10 \\
+    --timestep_respacing 100 --subset_size 4
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     refused = options_only_of(STRATEGIES, lambda strategy: strategy.samples_frame_twice)
     add_arguments(parser, NllConfig, leave_out=[*NOT_FOR_BOUNDS, *refused])
     return parser

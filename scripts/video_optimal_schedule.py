@@ -16,9 +16,17 @@ NOT_FOR_SEARCH = (
     "status just_visualise dataset_partition"
 ).split()
 
+EPILOG = """\
+examples:
+  python scripts/video_optimal_schedule.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg \\
+    --step_size 10
+  python scripts/video_optimal_schedule.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg \\
+    --step_size 10 --num_videos 4 --num_timesteps 1
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     refused = options_only_of(STRATEGIES, lambda s: s.is_adaptive or s.samples_frame_twice)
     add_arguments(parser, SearchedConfig, ScheduleConfig, leave_out=[*NOT_FOR_SEARCH, *refused])
     return parser

@@ -5,9 +5,16 @@ import argparse
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
+EPILOG = """\
+examples:
+  python scripts/video_sample.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 --step_size 10
+  python scripts/video_sample.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg --step_size 10 \\
+    --sampler dpmpp2m --timestep_respacing 20 --subset_size 8
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, SampleConfig)
     return parser
 

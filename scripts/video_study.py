@@ -1,7 +1,8 @@
 """Compare inference strategies on a small data set by the documented commands, one after the other.
 
 Commands that are done are skipped; --only spreads them over sittings and processes. Writes
-<out>/tables.md, the plots <out>/<sampler>.png, and an evaluation directory per strategy.
+<out>/tables.md, plots and a report of each sampler (<out>/<sampler>.png, .html), and an evaluation
+directory per strategy.
 """
 
 import argparse
@@ -11,9 +12,15 @@ from pathlib import Path
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 from improved_diffusion.study.options import StudyConfig
 
+EPILOG = """\
+examples:
+  python scripts/video_study.py bouncy_balls
+  python scripts/video_study.py memory_mazes --list
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, StudyConfig)
     parser.add_argument(
         "--only", nargs="+", default=[], help="commands whose names match one of these patterns"

@@ -13,9 +13,9 @@ import torch
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
 from improved_diffusion.data import file_lock
+from improved_diffusion.evaluation import captions, metric_tables, metrics
 from improved_diffusion.evaluation import evaluate as evaluation
 from improved_diffusion.evaluation import features as extractors
-from improved_diffusion.evaluation import metric_tables, metrics
 from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
@@ -658,7 +658,8 @@ def test_gifs_show_observed_frames_with_a_red_border(eval_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((eval_dir.path / "videos").glob("sample_*.gif"))) == 6
     frames = iio.imread(eval_dir.path / "videos/sample_0000-0.gif", mode="RGB")
-    corner = frames[:, 3, 3].astype(int)  # inside the grey frame, on the border of the video
+    top = captions.LINE_HEIGHT + 2
+    corner = frames[:, top + 3, 3].astype(int)  # inside the grey frame, on the border of the video
     assert (corner[0] == [255, 0, 0]).all() and (corner[-1] != [255, 0, 0]).any()
 
 
@@ -669,7 +670,8 @@ def test_a_grid_puts_the_truth_beside_the_samples(eval_dir, tmp_path):
     import imageio.v3 as iio
 
     height, width = iio.imread(eval_dir.path / "videos/grid.mp4").shape[1:3]
-    assert width == height == 3 * (128 + 4)  # truth and 2 samples; 3 videos
+    assert width == 3 * (128 + 4)  # truth and 2 samples
+    assert height == 3 * (128 + 4) + 2 * (captions.LINE_HEIGHT + 2)  # 3 videos between two lines
 
 
 @pytest.mark.slow
@@ -688,8 +690,9 @@ def test_a_grid_puts_several_directories_side_by_side(eval_dir, tmp_path):
     length = len(np.load(eval_dir.path / "samples/sample_0000-0.npy"))
     frames = iio.imread(tmp_path / "a.gif", mode="RGB")
     size = 32 + 4  # enlarged by no whole factor
-    assert frames.shape == (-(-length // 5), 2 * size, 3 * size, 3)
-    np.testing.assert_array_equal(frames[:, :, size : 2 * size], frames[:, :, 2 * size :])
+    grid = frames[:, -2 * size - captions.LINE_HEIGHT - 2 : -captions.LINE_HEIGHT - 2]
+    assert grid.shape == (-(-length // 5), 2 * size, 3 * size, 3)
+    np.testing.assert_array_equal(grid[:, :, size : 2 * size], grid[:, :, 2 * size :])
 
     done = run_script("video_make_gif.py", *args[:3], cwd=tmp_path)
     assert done.returncode and "several --eval_dir, and --out, go with --grid" in done.stderr

@@ -11,9 +11,28 @@ from PIL import Image
 from helpers import run_script
 from improved_diffusion.data.paths import elbo_path, metrics_path
 from improved_diffusion.evaluation import metric_tables, plots
+from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import PlotConfig
+from improved_diffusion.sampling.provenance import latent_counts, strategy_names
+from improved_diffusion.sampling.results import EvalDir, write_json
 
 FRAMES = [4, 5, 7]
+
+
+# The sizes of the bounded videos: 5 inference steps, of 2, 2, 2, 2 and 1 frames of 8x8.
+SIZES = {"inference_mode": "autoreg", "T": 11, "obs_length": 2, "max_frames": 4, "step_size": 2}
+LATENT = np.array([2, 2, 2, 2, 1])
+
+
+def add_bounds(path: Path, videos: int, mean: float = 1000.0) -> None:
+    """Bounds of a sampled folder's inference steps."""
+    counts = latent_counts(EvalDir(path))
+    assert counts is not None
+    rng = np.random.default_rng(list(path.name.encode()))
+    for video in range(videos):
+        file = elbo_path(path, video)
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, rng.normal(mean, 10, len(counts)))
 
 
 def make_folder(path: Path, *, modes=("psnr", "lpips"), elbos: int = 0, **info) -> Path:
@@ -25,10 +44,10 @@ def make_folder(path: Path, *, modes=("psnr", "lpips"), elbos: int = 0, **info) 
         rows = {mode: metric_tables.summarise(values) for mode, values in table.items()}
         described = {"videos": [0, 1, 2], "samples": [0, 1], "frames": FRAMES, "metrics": rows}
         metric_tables.write_table(metrics_path(path, 3, 2, 8), table, described | info)
-    for video in range(elbos):
-        file = elbo_path(path, video)
-        file.parent.mkdir(exist_ok=True)
-        np.save(file, rng.normal(1000, 10, 5))
+    if elbos:
+        write_json(path / "elbo_config.json", SIZES)
+        write_json(path / "model_config.json", {"image_size": 8})
+        add_bounds(path, elbos)
     return path
 
 
@@ -39,7 +58,7 @@ def draw(*folders: Path, **options) -> Path:
 def drawn(monkeypatch, *folders: Path, **options) -> dict[str, dict[str, plots.Curve]]:
     """The curves that would be drawn."""
     kept = {}
-    monkeypatch.setattr(plots, "_draw_curves", lambda curves, path: kept.update(curves))
+    monkeypatch.setattr(plots, "_draw_panels", lambda panels, names, path: kept.update(panels))
     draw(*folders, **options)
     return kept
 
@@ -47,14 +66,17 @@ def drawn(monkeypatch, *folders: Path, **options) -> dict[str, dict[str, plots.C
 def test_curves_are_means_over_videos_with_their_standard_error(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "a", elbos=4)
     curves = drawn(monkeypatch, folder)
-    assert list(curves) == ["psnr", "lpips", "elbo"]
-    x, mean, error = curves["psnr"]["a"]
+    assert list(curves) == ["psnr", "lpips", "bits"]
+    x, mean, error, n = curves["psnr"]["autoreg"]
+    assert n == 3
     np.testing.assert_array_equal(x, FRAMES)
     values = metric_tables.read_table(folder / "metrics_3-2-8.pkl")["psnr"].mean(axis=1)
     np.testing.assert_allclose(mean, values.mean(axis=0))
     np.testing.assert_allclose(error, values.std(axis=0, ddof=1) / np.sqrt(3))
-    x, mean, error = curves["elbo"]["a"]
+    x, mean, error, n = curves["bits"]["autoreg"]
+    assert n == 4
     bits = np.stack([np.load(elbo_path(folder, video)) for video in range(4)])
+    bits = bits / (LATENT * 3 * 8 * 8)  # per dimension of each step's frames
     np.testing.assert_array_equal(x, range(5))
     np.testing.assert_allclose(mean, bits.mean(axis=0))
     np.testing.assert_allclose(error, bits.std(axis=0, ddof=1) / 2)
@@ -64,9 +86,9 @@ def test_every_directory_has_a_curve_where_it_has_numbers(tmp_path, monkeypatch)
     a, b = make_folder(tmp_path / "a"), make_folder(tmp_path / "b", modes=("psnr",), elbos=1)
     curves = drawn(monkeypatch, a, b)
     assert {panel: list(rows) for panel, rows in curves.items()} == {
-        "psnr": ["a", "b"],
+        "psnr": ["a", "autoreg"],
         "lpips": ["a"],
-        "elbo": ["b"],
+        "bits": ["autoreg"],
     }
     same_name = make_folder(tmp_path / "other" / "a")
     assert list(drawn(monkeypatch, a, same_name)["psnr"]) == [str(a), str(same_name)]
@@ -79,7 +101,7 @@ def test_the_newest_table_is_drawn_and_named(tmp_path, monkeypatch, caplog):
     old.write_bytes(b"never read")
     os.utime(old, (1, 1))
     assert set(drawn(monkeypatch, folder)) == {"psnr", "lpips"}
-    assert "holds 2 tables: drawing metrics_3-2-8.pkl" in caplog.text
+    assert "holds 2 tables: taking metrics_3-2-8.pkl" in caplog.text
 
 
 def test_the_picture_is_written_where_it_is_said(tmp_path):
@@ -89,7 +111,8 @@ def test_the_picture_is_written_where_it_is_said(tmp_path):
     assert done.stdout.strip() == str(a / "metrics.png")
     pixels = np.asarray(Image.open(a / "metrics.png").convert("RGB"))
     assert pixels.shape[1] > 1000
-    for colour in ((31, 119, 180), (255, 127, 14)):  # the first two of matplotlib's cycle
+    for position in (0, 1):
+        colour = tuple(bytes.fromhex(line_style(position).colour[1:]))
         assert (pixels == colour).all(axis=-1).sum() > 100
     assert draw(b, out=str(tmp_path / "x" / "y.png")) == tmp_path / "x" / "y.png"
     assert Image.open(tmp_path / "x" / "y.png").size[1] > 300
@@ -125,3 +148,38 @@ def test_bounds_of_different_strategies_in_one_folder_are_named(tmp_path):
     np.save(elbo_path(folder, 7), np.zeros(3))
     with pytest.raises(ValueError, match="elbos holds bounds of different numbers of steps"):
         draw(folder)
+
+
+def test_bounds_of_unknown_sizes_are_left_out_and_told(tmp_path, monkeypatch, caplog):
+    folder = make_folder(tmp_path / "a", elbos=2)
+    (folder / "elbo_config.json").unlink()
+    assert list(drawn(monkeypatch, folder)) == ["psnr", "lpips"]
+    assert "does not say how many frames" in caplog.text
+
+
+def test_adaptive_strategies_have_bits_per_dimension_too(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "a", modes=(), elbos=2)
+    options = SIZES | {"inference_mode": "adaptive-autoreg", "distance": "lpips"}
+    write_json(folder / "elbo_config.json", options)
+    curve = drawn(monkeypatch, folder)["bits"]["adaptive-autoreg"]
+    bits = np.stack([np.load(elbo_path(folder, video)) for video in range(2)])
+    np.testing.assert_allclose(curve.mean, (bits / (LATENT * 192)).mean(axis=0))
+
+
+def test_names_are_as_short_as_tells_them_apart(tmp_path):
+    def names(*options):
+        folders = []
+        for number, stored in enumerate(options):
+            folders.append(EvalDir(tmp_path / f"{len(options)}_{number}"))
+            folders[-1].path.mkdir(exist_ok=True)
+            write_json(folders[-1].sample_config_path, SIZES | stored)
+        return strategy_names(folders)
+
+    gibbs = {"inference_mode": "gibbs", "gibbs_sweeps": 1}
+    assert names({}, gibbs) == ["autoreg", "gibbs"]
+    assert names({}, {"optimal": True}) == ["autoreg", "autoreg optimal"]
+    more = gibbs | {"gibbs_sweeps": 2}
+    assert names(gibbs, more, {}) == ["gibbs, gibbs_sweeps 1", "gibbs, gibbs_sweeps 2", "autoreg"]
+    ddpm, quick = {"sampler": "ddpm"}, {"sampler": "heun", "timestep_respacing": "9"}
+    assert names(ddpm, quick) == ["autoreg, ddpm", "autoreg, heun 9"]
+    assert names({}, {}, {}, {}) == ["4_0", "4_1", "4_2", "4_3"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from improved_diffusion.registry import SAMPLERS, STRATEGIES
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
@@ -25,6 +27,25 @@ def load_script(path: str):
 def test_commands_parse(script, arguments):
     words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", arguments))
     load_script(script).create_argparser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem
+)
+def test_help_ends_with_two_commands_that_parse(path):
+    parser = load_script(f"scripts/{path.name}").create_argparser()
+    _, _, examples = parser.format_help().partition("examples:\n")
+    commands = re.findall(rf"python scripts/{path.name}(.*)", examples.replace("\\\n", " "))
+    assert len(commands) == 2
+    for words in commands:
+        parser.parse_args(shlex.split(words, comments=True))
+
+
+def test_help_says_what_strategies_and_samplers_are():
+    text = load_script("scripts/video_sample.py").create_argparser().format_help()
+    for registry in (STRATEGIES, SAMPLERS):
+        for line in registry.help().splitlines():
+            assert line in " ".join(text.split())
 
 
 def test_every_script_is_shown_and_short():

@@ -118,7 +118,7 @@ def test_impossible_studies_are_refused(options, message):
 def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
     monkeypatch.setattr(walks, "GAP_FRAMES", 2)
     study.run(config, run_script=ran)
-    assert len(ran) == len(study.commands(config)) == 11
+    assert len(ran) == len(study.commands(config)) == 13
     report = study_report.write_report(config).read_text()
     for row in ("dpmpp2m_2 | autoreg", "dpmpp2m_2 | hierarchy-2", "ddpm_3 | autoreg"):
         assert f"| {row} | " in report
@@ -142,7 +142,7 @@ def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypa
     assert float(row[1]) == pytest.approx(values[:, columns].mean(), rel=1e-3)
 
     study.run(config, run_script=ran)
-    assert len(ran) == 11
+    assert len(ran) == 13
 
 
 def test_only_chosen_commands_run_each_with_a_record_of_its_own(config, ran):

@@ -9,9 +9,11 @@ import torch
 
 from helpers import make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion.data import paths
+from improved_diffusion.inference_utils import create_strategy
 from improved_diffusion.sampling import trained_model
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.schedule_picture import schedule_title
 from improved_diffusion.sampling.video_sampling import sample_dataset
 
 T = 8
@@ -196,6 +198,11 @@ def test_the_schedule_is_drawn_without_sampling(checkpoint):
     eval_dir = sample(checkpoint, just_visualise=True)
     picture = Image.open(eval_dir.path / "schedule.png")
     assert picture.size[0] > 500
+    strategy = create_strategy(
+        "gibbs", video_length=9, num_obs=2, max_frames=4, step_size=2, options={"gibbs_sweeps": 3}
+    )
+    title = "gibbs --gibbs_sweeps 3: 16 inference steps\n--T 9 --obs_length 2 --max_frames 4 --step_size 2"
+    assert schedule_title(strategy, 16) == title
     assert not (eval_dir.path / "samples").exists()
 
 

@@ -1,11 +1,14 @@
-"""What the machine gives this process: a device, memory."""
+"""What the machine gives this process: a device, memory, a version of the code."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,3 +109,19 @@ def peak_memory_bytes(device: torch.device, work: Callable[[], object]) -> int |
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):
         return None
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version, and the commit where it runs from a git checkout."""
+    try:
+        version = metadata.version("improved-diffusion")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    root = Path(__file__).parents[2]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
+        if (root / ".git").exists() and done.returncode == 0:
+            return f"{version}+{done.stdout.strip()}"
+    return version

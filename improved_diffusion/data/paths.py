@@ -323,6 +323,11 @@ def schedule_step_path(eval_dir: Path, step: int) -> Path:
     return eval_dir / "optimal_schedule" / f"step_{step:04d}.json"
 
 
+def record_path(eval_dir: Path, video: int, sample: int) -> Path:
+    """How one sampled video was made."""
+    return eval_dir / "records" / f"{sample_name(video, sample)}.json"
+
+
 def partial_dir(eval_dir: Path, video: int, sample: int) -> Path:
     """The folder of what is kept of a video that is not finished yet."""
     return eval_dir / "partial" / sample_name(video, sample)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import paths
-from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation import metric_tables, wandb_log
 from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig
@@ -115,13 +115,21 @@ def _read_again(measured: Measurements, positions: list[int]) -> None:
 
 
 def run(config: EvalConfig) -> None:
-    """`evaluate`, then print the tables; raises ValueError where a metric could not be computed."""
+    """`evaluate`, then print the tables, and log them if that is asked for.
+
+    Raises ValueError where a metric could not be computed.
+    """
+    if config.log_to_wandb:
+        for folder in config.eval_dir:  # told before anything is computed
+            wandb_log.run_of(Path(folder))
     outcome = evaluate(config)
     if outcome.tables and dist_util.is_main():
         names = metric_tables.short_names([path.parent for path in outcome.tables])
         infos = dict(zip(names, map(metric_tables.read_info, outcome.tables), strict=True))
         metric_tables.check_comparable(infos, allow=config.allow_differences)
         print(metric_tables.format_tables(infos))
+        if config.log_to_wandb:
+            wandb_log.log_to_wandb(outcome.tables)
     outcome.raise_failures()
 
 

@@ -1,4 +1,4 @@
-"""Videos to look at: gif and mp4 files of samples, observed frames marked by a red border."""
+"""Videos to look at: gif and mp4 files of samples, titled, observed frames marked by a red border."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from tqdm import tqdm
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import add_border, write_video
+from improved_diffusion.evaluation.captions import captioned
 from improved_diffusion.evaluation.options import GifConfig
-from improved_diffusion.sampling.results import EvalDir, load_video
+from improved_diffusion.sampling.provenance import strategy_names
+from improved_diffusion.sampling.results import EvalDir, load_video, shared_samples
 from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ class Source(NamedTuple):
     """An evaluation directory that is shown."""
 
     path: Path
+    name: str
     samples: dict[int, list[int]]
     observed: list[int]  # frames
 
@@ -52,33 +55,49 @@ def make_gallery(config: GifConfig) -> list[Path]:
         raise ValueError("several --eval_dir, and --out, go with --grid")
     eval_dirs = [EvalDir(path) for path in config.eval_dir]
     sources = [
-        Source(d.path, d.samples(), d.sample_config().get("observed_frames", [])) for d in eval_dirs
+        Source(d.path, name, d.samples(), d.sample_config().get("observed_frames", []))
+        for d, name in zip(eval_dirs, strategy_names(eval_dirs), strict=True)
     ]
     truth = _truth(eval_dirs[0]) if config.add_gt else None
     videos = _videos(config, sources)
     folder = sources[0].path / "videos"
     if config.grid:
         columns = min(len(indices) for indices in videos.values())
-        rows = [_row(config, sources, truth, v, i[:columns]) for v, i in videos.items()]
+        shown = {video: indices[:columns] for video, indices in videos.items()}
         files = [Path(config.out or folder / f"grid.{config.format}")]
-        write_video(files[0], tile(rows), fps=config.fps)
+        _write(config, files[0], sources, truth, shown)
     else:
         files = []
         for video, sample in tqdm([(v, i) for v, of in videos.items() for i in of], unit="video"):
             files.append(folder / f"{paths.sample_name(video, sample)}.{config.format}")
-            row = _row(config, sources, truth, video, [sample])
-            write_video(files[-1], tile([row]), fps=config.fps)
+            _write(config, files[-1], sources, truth, {video: [sample]})
     logger.info("wrote %d files into %s", len(files), files[0].parent)
     return files
 
 
+def _write(
+    config: GifConfig,
+    path: Path,
+    sources: list[Source],
+    truth: VideoTestSet | None,
+    shown: dict[int, list[int]],
+) -> None:
+    """Write a row for each video, of the truth, if it is asked for, and of these samples of it."""
+    rows = [_row(config, sources, truth, video, samples) for video, samples in shown.items()]
+    samples = next(iter(shown.values()))
+    titles = ["truth"] * (truth is not None) + [
+        f"{source.name} {sample}" if len(samples) > 1 else source.name
+        for source in sources
+        for sample in samples
+    ]
+    grid = tile(rows)
+    frames = range(0, len(grid) * config.every, config.every)
+    write_video(path, captioned(grid, titles, frames), fps=config.fps)
+
+
 def _videos(config: GifConfig, sources: list[Source]) -> dict[int, list[int]]:
     """{video: samples} that all directories have, of those that the options ask for."""
-    shared = {
-        video: [i for i in samples if all(i in other.samples.get(video, ()) for other in sources)]
-        for video, samples in sources[0].samples.items()
-    }
-    shared = {video: samples for video, samples in shared.items() if samples}
+    shared = shared_samples([source.samples for source in sources])
     if not shared:
         raise ValueError(f"{' and '.join(config.eval_dir)}: no sample is in all of them")
     return dict(list(shared.items())[: config.num_videos])

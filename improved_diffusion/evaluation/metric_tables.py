@@ -184,7 +184,7 @@ def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         (name, label, len(info["samples"]), row)
         for name, info in infos.items()
-        for label, row in _labelled_rows(info)
+        for label, row in labelled_rows(info)
     ]
     width = max(map(len, infos)) + 2 if len(infos) > 1 else 0
     label_width = max(8, *(len(label) for _, label, _, _ in rows)) if rows else 8
@@ -199,11 +199,11 @@ def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
             f"{numbers} {row['infinite']:9d}"
         )
     metrics = [item for info in infos.values() for item in info["metrics"].items()]
-    notes = [note for mode, row in metrics for note in _notes(mode, row)]
+    notes = [note for mode, row in metrics for note in how_computed(mode, row)]
     return "\n".join(lines + list(dict.fromkeys(notes)))
 
 
-def _labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(metric, its summary), one for each column of those that have several."""
     for mode, row in info["metrics"].items():
         if "columns" in row:
@@ -212,11 +212,25 @@ def _labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
             yield mode, row
 
 
+def plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
+    """A summary's mean and standard error, this with two digits and both to the same place.
+
+    sign: "+" to show it of positive numbers, too. "-" where there is no mean.
+    """
+    mean, error = row["mean"], row["standard_error"]
+    if mean is None:
+        return "-"
+    if not error:
+        return f"{mean:{sign}.4g}"
+    places = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{mean:{sign}.{places}f} ± {error:.{places}f}"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
 
 
-def _notes(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
+def how_computed(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
     """How a metric was computed, and what it is between true videos."""
     if row.get("settings"):
         yield f"{mode}: " + ", ".join(f"{key} {value}" for key, value in row["settings"].items())

@@ -70,6 +70,9 @@ class EvalConfig:
     allow_differences: bool = option(
         False, "compare tables of different n, T, frames or settings all the same", flag=True
     )
+    log_to_wandb: bool = option(
+        False, "log the tables and some videos to the wandb run that trained the network", flag=True
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -166,3 +169,27 @@ class GifConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "num_videos", "every", "width", "fps")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report of evaluation directories as one HTML file (report/)."""
+
+    eval_dir: tuple[str, ...] = required_list(
+        "evaluation directories, side by side in this order; differences are from the first one until "
+        "another is chosen in the page (required)"
+    )
+    out: str = option("report.html", "HTML file to write")
+    title: str = option("", "heading of the page (default: the data set)")
+    num_videos: int | None = option(None, "test videos to show, the first ones (default: all)")
+    num_samples: int | None = option(None, "samples of each video to show (default: all)")
+    max_mb: float = option(25.0, "largest size of the file in 10^6 bytes; says what is left out")
+    fps: int = option(10, "frames per second at the speed 1")
+    allow_differences: bool = option(
+        False, "show tables of different n, T, frames or settings all the same", flag=True
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_videos", "num_samples", "fps")
+        if not self.max_mb > 0:
+            raise ValueError(f"--max_mb {self.max_mb}: must be above 0")

@@ -2,113 +2,109 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.curves import (
+    BITS,
+    Curve,
+    newest_table,
+    read_bounds,
+    table_curves,
+)
+from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import PlotConfig
+from improved_diffusion.registry import FRAME_METRICS, METRICS
+from improved_diffusion.sampling.provenance import strategy_names
+from improved_diffusion.sampling.results import EvalDir
 
-logger = logging.getLogger(__name__)
-
-# What is drawn, in this order: the axis' label.
-PANELS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "elbo": "negative ELBO (bits)",
-}
-# x, mean and standard error of one curve.
-Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
+# {what is drawn in a panel: {name of an evaluation directory: its curve}}
+Panels = dict[str, dict[str, Curve]]
 
 
 def draw_metrics(config: PlotConfig) -> Path:
-    """Write a PNG of all that evaluation directories hold of PANELS; returns its path.
+    """Write a PNG of the metrics of frames and bounds that evaluation directories hold; returns its path.
 
-    A curve per directory: PSNR, SSIM and LPIPS against the frame index (of the newest table), the
-    ELBO against the inference step; means over videos, with a band of one standard error. Raises
-    ValueError for tables that cannot be compared, FileNotFoundError where nothing is to be drawn.
+    A curve per directory: metrics against the frame index (of the newest table), the bound in bits
+    per dimension against the inference step; means over videos, with a band of one standard error.
+    Raises ValueError for tables that cannot be compared, FileNotFoundError where nothing is to be
+    drawn.
     """
-    folders = [Path(folder) for folder in dict.fromkeys(config.eval_dir)]
-    names = metric_tables.short_names(folders)
-    tables = {name: newest_table(folder) for name, folder in zip(names, folders, strict=True)}
+    eval_dirs = [EvalDir(folder) for folder in dict.fromkeys(config.eval_dir)]
+    names = strategy_names(eval_dirs)
+    tables = {
+        name: newest_table(eval_dir.path) for name, eval_dir in zip(names, eval_dirs, strict=True)
+    }
     infos = {name: metric_tables.read_info(path) for name, path in tables.items() if path}
     if infos:
         metric_tables.check_comparable(infos, allow=config.allow_differences)
-    curves: dict[str, dict[str, Curve]] = {panel: {} for panel in PANELS}
-    for name, folder in zip(names, folders, strict=True):
-        found = table_curves(tables[name], infos.get(name, {})) | elbo_curve(folder)
+    panels: Panels = {panel: {} for panel in (*FRAME_METRICS, BITS)}
+    for name, eval_dir in zip(names, eval_dirs, strict=True):
+        found = table_curves(tables[name], infos.get(name, {}))
+        if (bounds := read_bounds(eval_dir)) is not None:
+            found[BITS] = bounds.curve()
         if not found:
             raise FileNotFoundError(
-                f"{folder} holds no metrics_*.pkl with {', '.join(PANELS)} and no elbos/: run "
-                "scripts/video_eval.py or scripts/video_nll.py first, or check --eval_dir"
+                f"{eval_dir.path} holds no metrics_*.pkl with {', '.join(FRAME_METRICS)} and no "
+                "elbos/ that can be drawn: run scripts/video_eval.py or scripts/video_nll.py first, "
+                "or check --eval_dir"
             )
         for panel, curve in found.items():
-            curves[panel][name] = curve
-    path = Path(config.out) if config.out else folders[0] / "metrics.png"
-    _draw_curves({panel: rows for panel, rows in curves.items() if rows}, path)
+            panels[panel][name] = curve
+    path = Path(config.out) if config.out else eval_dirs[0].path / "metrics.png"
+    _draw_panels({panel: rows for panel, rows in panels.items() if rows}, names, path)
     return path
 
 
-def newest_table(folder: Path) -> Path | None:
-    """The table of metrics that was written last; None where there is none."""
-    found = sorted(folder.glob("metrics_*.pkl"), key=lambda path: path.stat().st_mtime_ns)
-    if len(found) > 1:
-        logger.info("%s holds %d tables: drawing %s", folder, len(found), found[-1].name)
-    return found[-1] if found else None
+def axis_label(panel: str) -> str:
+    """What the numbers of a panel are, with their unit."""
+    if panel == BITS:
+        return "negative ELBO (bits/dim)"
+    unit = METRICS[panel].unit
+    return panel.upper() + (f" ({unit})" if unit else "")
 
 
-def table_curves(path: Path | None, info: dict[str, Any]) -> dict[str, Curve]:
-    """{metric: curve over the frame index} of a table and what its .json says.
-
-    Raises ValueError where the two do not belong together.
-    """
-    table = {} if path is None else metric_tables.read_table(path)
-    curves: dict[str, Curve] = {}
-    for mode in PANELS.keys() & table.keys():
-        frames = np.array(info.get("frames", []), dtype=float)
-        if table[mode].ndim != 3 or table[mode].shape[-1] != len(frames):
-            raise ValueError(
-                f"{path} and the .json beside it do not belong together: run scripts/video_eval.py"
-            )
-        curves[mode] = (frames, *metric_tables.frame_curve(table[mode]))
-    return curves
+def count_label(curves: dict[str, Curve]) -> str:
+    """How many videos the curves of a panel are means of."""
+    counts = sorted({curve.n for curve in curves.values()})
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
 
 
-def elbo_curve(folder: Path) -> dict[str, Curve]:
-    """{"elbo": curve over inference steps} of a folder's elbos/; empty where it has none."""
-    files = sorted((folder / "elbos").glob("elbo_*.npy"))
-    if not files:
-        return {}
-    rows = [metric_tables.load_elbo(file) for file in files]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{folder / 'elbos'} holds bounds of different numbers of steps: empty it")
-    steps = np.arange(len(rows[0]), dtype=float)
-    return {"elbo": (steps, *metric_tables.frame_curve(np.stack(rows)))}
-
-
-def _draw_curves(curves: dict[str, dict[str, Curve]], path: Path) -> None:
-    """One panel per key, one curve per directory; a directory has one colour everywhere."""
+def _draw_panels(panels: Panels, names: list[str], path: Path) -> None:
+    """Two panels in a row at most; a directory has one style everywhere."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for rows in curves.values() for name in rows))
-    figure = Figure(figsize=(1 + 4.5 * len(curves), 3.8), layout="constrained")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 5 * columns, 0.9 + 3.1 * rows), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).flat
     lines = {}
-    for axes, (panel, rows) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
-        for name, (x, mean, error) in rows.items():
-            colour = f"C{names.index(name) % 10}"
-            marker = "." if len(x) < 50 else None
-            (lines[name],) = axes.plot(x, mean, color=colour, marker=marker, linewidth=1.3)
-            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-        axes.set_xlabel("inference step" if panel == "elbo" else "frame")
-        axes.set_ylabel(PANELS[panel])
-        axes.grid(alpha=0.3)
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", frameon=False)
-    figure.suptitle("mean over videos, band: standard error", fontsize=10)
+    for (panel, curves), axes in zip(panels.items(), cells, strict=False):
+        for name, curve in curves.items():
+            colour, dashes = line_style(names.index(name))
+            style = {"linestyle": (0, dashes)} if dashes else {}
+            marker = "." if len(curve.x) < 50 else None
+            (lines[name],) = axes.plot(
+                curve.x, curve.mean, color=colour, marker=marker, linewidth=1.6, **style
+            )
+            low, high = curve.mean - curve.error, curve.mean + curve.error
+            axes.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set_xlabel("inference step" if panel == BITS else "frame")
+        axes.set_ylabel(axis_label(panel))
+        axes.set_title(count_label(curves), loc="right", fontsize=9)
+        axes.grid(alpha=0.25)
+    for unused in cells:
+        unused.remove()
+    shown = [name for name in names if name in lines]
+    figure.legend(
+        [lines[name] for name in shown],
+        shown,
+        loc="outside lower center",
+        ncols=-(-len(shown) // -(-len(shown) // 4)),  # rows of four at most, all as long
+        frameon=False,
+        handlelength=3.5,
+    )
+    figure.suptitle("mean over videos; band: one standard error", fontsize=10)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)

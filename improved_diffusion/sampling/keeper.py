@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from improved_diffusion.data.machine import code_version
 from improved_diffusion.data.step_order import OrderedStep
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.sampling.plan import Job, OneClip, Task
@@ -81,7 +82,7 @@ class Keeper:
             self._has_room = False
 
     def finish(self, video: UnfinishedVideo) -> None:
-        """Write a finished video, and what its truth is.
+        """Write a finished video, what its truth is, and how it was made.
 
         Raises ValueError where a frame of it was never made.
         """
@@ -90,6 +91,12 @@ class Keeper:
             truth = self._truth(job.video)
             if truth is not None:
                 self.eval_dir.save_truth(job.video, truth)
+            record = {
+                "schedule": video.schedule,
+                "seconds": video.seconds,
+                "version": code_version(),
+            }
+            self.eval_dir.save_record(*job, record)
             self.eval_dir.save_sample(*job, frames)
         self.eval_dir.drop_steps(*job)
         del self._observed_sha256[job]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 NOT_A_VALUE = {"checkpoint_path"}
 # Options that came later, with what all folders were made with before.
 EARLIER = {"spacing": "time", "guidance": 1.0}
+FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
 # Hashes of what the values depend on; folders of earlier versions have none.
 HASH_SUFFIX = "_sha256"
 
@@ -104,6 +105,16 @@ def check_same(
 @functools.cache  # said once
 def _say_unknown(what: str, names: str) -> None:
     logger.warning("%s made by an earlier version: cannot tell whether by the same %s", what, names)
+
+
+def shared_samples(of: Sequence[Mapping[int, Sequence[int]]]) -> dict[int, list[int]]:
+    """{video: samples} that all evaluation directories have; of: what `EvalDir.samples` says of each."""
+    first, *others = of
+    shared = {
+        video: [i for i in samples if all(i in other.get(video, ()) for other in others)]
+        for video, samples in first.items()
+    }
+    return {video: samples for video, samples in shared.items() if samples}
 
 
 class EvalDir:
@@ -222,6 +233,21 @@ class EvalDir:
             with contextlib.suppress(OSError):  # not there, or another run writes in it
                 empty.rmdir()
 
+    def record(self, video: int, sample: int) -> dict[str, Any]:
+        """How a sample was made, see `save_record`; empty where nothing says so."""
+        path = paths.record_path(self.path, video, sample)
+        return read_json(path) if path.exists() else {}
+
+    def save_record(self, video: int, sample: int, record: Mapping[str, Any]) -> None:
+        """Keep how a sample was made.
+
+        record: "schedule", a list of [observed, latent frames] of each inference step; "seconds",
+        its share of those of its rounds, or None where it was made in several sittings;
+        "version" of the code.
+        """
+        with paths.atomic_write(paths.record_path(self.path, video, sample)) as file:
+            file.write((json.dumps(record, sort_keys=True) + "\n").encode())
+
     def samples(self) -> dict[int, list[int]]:
         """{video index: sorted sample indices}. Raises FileNotFoundError where there are none."""
         found: dict[int, list[int]] = {}
@@ -256,9 +282,8 @@ class EvalDir:
 
     def clean_up(self) -> None:
         """Remove what killed runs have left behind: temporary files, stale unfinished videos."""
-        folders = ("", "samples", "partial", "truth", "elbos", "metrics_cache", "optimal_schedule")
         unfinished = [path for path in (self.path / "partial").glob("sample_*") if path.is_dir()]
-        paths.remove_leftovers(*(self.path / name for name in folders), *unfinished)
+        paths.remove_leftovers(*(self.path / name for name in ("", *FOLDERS)), *unfinished)
         for folder in unfinished:
             if _is_whole(self.path / "samples" / f"{folder.name}.npy"):
                 self._drop_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,21 @@ def schedule_table(strategy: InferenceStrategyBase) -> np.ndarray:
     return np.stack(rows)
 
 
+def schedule_title(strategy: InferenceStrategyBase, steps: int) -> str:
+    """The strategy's mode and options, then its sizes."""
+    own = [f"--{name} {value}" for name, value in dataclasses.asdict(strategy.options).items()]
+    sizes = {
+        "T": strategy._video_length,
+        "obs_length": strategy._num_obs,
+        "max_frames": strategy._max_T,
+        "step_size": strategy._step_size,
+    }
+    named = " ".join([strategy._mode(), *own])
+    optimal = " --optimal" if strategy._schedule is not None else ""
+    words = " ".join(f"--{name} {value}" for name, value in sizes.items())
+    return f"{named}{optimal}: {steps} inference steps\n{words}"
+
+
 def draw_schedule(strategy: InferenceStrategyBase, path: Path) -> None:
     """Write a PNG of a strategy: inference steps downwards, frames across. Uses the strategy up."""
     from matplotlib.colors import ListedColormap
@@ -59,7 +75,7 @@ def draw_schedule(strategy: InferenceStrategyBase, path: Path) -> None:
     )
     axes.set_xlabel("frame")
     axes.set_ylabel("inference step")
-    axes.set_title(f"{type(strategy).__name__}: {length} frames in {steps} steps", fontsize=10)
+    axes.set_title(schedule_title(strategy, steps), fontsize=10, loc="left")
     patches = [Patch(facecolor=c, edgecolor="#999999", label=name) for name, c in STATES.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     with atomic_write(path) as file:

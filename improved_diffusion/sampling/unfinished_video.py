@@ -29,6 +29,7 @@ class UnfinishedVideo:
     Attributes:
         frames: uint8 [T, 3, H, W]; those that are not made are black.
         made: bool [T], the frames that exist: read from the data, or sampled.
+        seconds: of its share of the rounds so far; None where an earlier run has made some steps.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class UnfinishedVideo:
         self.frames = np.zeros((plan.T, *observed.shape[1:]), np.uint8)
         self.made = np.zeros(plan.T, bool)
         self._put(plan.observed_from_data, observed)
-        self._stages: set[int] = set()  # those that are made
+        self.seconds: float | None = 0.0
+        self._steps: dict[int, OrderedStep] = {}  # those that are made, by their stage
         # Strategies that look at frames have no schedule: they are asked for one step after the other.
         self._waiting = list(plan.schedule or ())
         self._later = iter(()) if plan.schedule is not None else plan.steps_of(self.frames)
@@ -50,10 +52,15 @@ class UnfinishedVideo:
         while self._ready is None:
             if not self._waiting:
                 self._waiting.extend(itertools.islice(self._later, 1))
-            ready = [step for step in self._waiting if step.after <= self._stages]
+            ready = [step for step in self._waiting if step.after <= self._steps.keys()]
             if not any([self._restore(step) for step in ready]):
                 self._ready = ready
         return self._ready
+
+    @property
+    def schedule(self) -> list[tuple[list[int], list[int]]]:
+        """The (observed, latent) frames of the steps that are made, in the strategy's order."""
+        return [(step.observed, step.latent) for _, step in sorted(self._steps.items())]
 
     def observed_frames(self, step: OrderedStep) -> np.ndarray:
         """What the step observes, uint8 [n, 3, H, W]. Raises ValueError where it does not exist."""
@@ -63,7 +70,7 @@ class UnfinishedVideo:
     def finish(self, step: OrderedStep, frames: np.ndarray) -> None:
         """Put in what a ready step has sampled, uint8 [n, 3, H, W]."""
         self._put(step.latent, frames)
-        self._stages.add(step.stage)
+        self._steps[step.stage] = step
         self._waiting.remove(step)
         self._ready = None
 
@@ -77,6 +84,7 @@ class UnfinishedVideo:
         frames = self._kept(step)
         if frames is not None:
             self.finish(step, frames)
+            self.seconds = None
         return frames is not None
 
     def _put(self, indices: Sequence[int], frames: np.ndarray) -> None:

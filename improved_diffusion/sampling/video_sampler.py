@@ -7,6 +7,7 @@ of several, which observe and sample as many frames each. What they hold does no
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -148,8 +149,11 @@ def make_videos(
             found = _next_round(in_work, size)
         if not found:
             return
+        began = time.perf_counter()
         sampled = sampler.sample([Trajectory.of(video, step) for video, step in found])
+        share = (time.perf_counter() - began) / len(found)
         for (video, step), frames in zip(found, sampled, strict=True):
+            video.seconds = None if video.seconds is None else video.seconds + share
             video.finish(step, frames)
             yield video, step
         in_work = [video for video in in_work if video.ready]

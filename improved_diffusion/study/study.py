@@ -251,10 +251,13 @@ def _metric_words(config: StudyConfig) -> tuple[str, ...]:
 def _picture_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
     for name, dirs in _tables(config, chosen).items():
         shared = ("--eval_dir", *map(str, dirs), "--out")
-        picture, grid = (Path(config.out) / f"{name}.{suffix}" for suffix in ("png", "gif"))
+        picture, grid, page = (
+            Path(config.out) / f"{name}.{kind}" for kind in ("png", "gif", "html")
+        )
         yield Command(f"plot.{name}", "video_plot.py", (*shared, str(picture)), picture)
         options = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
         yield Command(f"gif.{name}", "video_make_gif.py", options, grid)
+        yield Command(f"report.{name}", "video_report.py", (*shared, str(page)), page)
 
 
 def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:

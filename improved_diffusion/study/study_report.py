@@ -170,18 +170,18 @@ def _score(
     if mode not in values:
         return "-"
     if mode in VIDEO_METRICS:
-        return _plus_minus(info["metrics"][mode])
+        return metric_tables.plus_minus(info["metrics"][mode])
 
     def summary(found: np.ndarray) -> dict[str, Any]:
         return metric_tables.summarise(found if mask is None else np.where(mask, found, np.nan))
 
-    shown = _plus_minus(summary(values[mode]))
+    shown = metric_tables.plus_minus(summary(values[mode]))
     other = reference(list(tables), cell)
     if shown == "-" or other == cell or mode not in tables[other].values:
         return shown
     with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
         difference = values[mode] - tables[other].values[mode]
-    return f"{shown} ({_plus_minus(summary(difference), sign='+')})"
+    return f"{shown} ({metric_tables.plus_minus(summary(difference), sign='+')})"
 
 
 def _floor(tables: dict[Cell, CellTable], mode: str) -> str:
@@ -209,7 +209,7 @@ def _bits(config: StudyConfig, cell: Cell) -> str:
 
 def _bits_summary(bits: list[float], sign: str = "") -> str:
     mean, error = metric_tables.mean_and_error(np.array(bits))
-    return _plus_minus({"mean": mean, "standard_error": error}, sign)
+    return metric_tables.plus_minus({"mean": mean, "standard_error": error}, sign)
 
 
 def video_bounds(config: StudyConfig, cell: Cell) -> dict[str, float]:
@@ -221,17 +221,6 @@ def video_bounds(config: StudyConfig, cell: Cell) -> dict[str, float]:
     size = stored_dataset(config.dataset, EvalDir(folder).model_config()).image_size
     dimensions = (config.T - config.obs_length) * 3 * size**2
     return {file.name: float(metric_tables.load_elbo(file).sum()) / dimensions for file in files}
-
-
-def _plus_minus(row: dict[str, Any], sign: str = "") -> str:
-    """A summary's mean and standard error, this with two digits and both to the same place."""
-    mean, error = row["mean"], row["standard_error"]
-    if mean is None:
-        return "-"
-    if not error:
-        return f"{mean:{sign}.4g}"
-    places = max(0, 1 - int(np.floor(np.log10(error))))
-    return f"{mean:{sign}.{places}f} ± {error:.{places}f}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

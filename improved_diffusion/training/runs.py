@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -11,11 +10,9 @@ import platform
 import secrets
 import shlex
 import string
-import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +25,7 @@ from improved_diffusion.config import (
     from_options,
 )
 from improved_diffusion.data import checkpoints, paths
+from improved_diffusion.data.machine import code_version
 from improved_diffusion.registry import TIMESTEP_DISTRIBUTIONS
 from improved_diffusion.training import run_lock, signals
 from improved_diffusion.training.options import TrainConfig
@@ -196,18 +194,6 @@ def describe_run(options: Mapping[str, Any], run_id: str | None = None) -> dict[
             "numpy": numpy.__version__,
         },
     }
-
-
-def code_version() -> str:
-    """The package's version, and the commit where it runs from a git checkout."""
-    version = metadata.version("improved-diffusion")
-    root = Path(__file__).parents[2]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
-        if (root / ".git").exists() and done.returncode == 0:
-            return f"{version}+{done.stdout.strip()}"
-    return version
 
 
 def record_run(run: Run, options: Mapping[str, Any]) -> None:

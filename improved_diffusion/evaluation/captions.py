@@ -1,0 +1,68 @@
+"""Words on videos: titles above the columns, the frame's number below."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+FONT_SIZE, LINE_HEIGHT = 11, 14  # pixels
+
+
+def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -> np.ndarray:
+    """A video [T, H, W, 3] uint8 with a strip above and one below it.
+
+    titles: of columns of equal width that make up W. frames: [T], the numbers that are shown.
+    """
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(FONT_SIZE)
+    width = video.shape[2] // len(titles)
+    columns = [wrapped(title, font, width - 2) for title in titles]
+    above = _strip(max(map(len, columns)), video.shape[2])
+    for position, lines in enumerate(columns):
+        for number, line in enumerate(lines):
+            _write(above, (position * width + width // 2, number), line, font, "ma")
+    whole = []
+    for image, frame in zip(video, frames, strict=True):
+        below = _strip(1, video.shape[2])
+        _write(below, (2, 0), f"frame {frame}", font, "la")
+        whole.append(np.concatenate([np.asarray(above), image, np.asarray(below)]))
+    return np.stack(whole)
+
+
+def wrapped(title: str, font: Any, width: float) -> list[str]:
+    """A title as lines of at most `width` pixels, broken after hyphens, commas and spaces.
+
+    Words that are wider end in dots.
+    """
+    lines = [""]
+    for word in re.findall(r"[^-, ]*[-, ]*", title):
+        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [_cut(line.strip(), font, width) for line in lines]
+
+
+def _cut(line: str, font: Any, width: float) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."
+
+
+def _strip(lines: int, width: int) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (width, lines * LINE_HEIGHT + 2), "white")
+
+
+def _write(strip: Any, place: tuple[int, int], text: str, font: Any, anchor: str) -> None:
+    """place: (pixels from the left, line)."""
+    from PIL import ImageDraw
+
+    x, line = place
+    ImageDraw.Draw(strip).text((x, 1 + line * LINE_HEIGHT), text, "black", font, anchor)

@@ -1,0 +1,170 @@
+"""The numbers of a report, and what made them: gathered from evaluation directories, plain values alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from improved_diffusion.evaluation import curves, metric_tables
+from improved_diffusion.evaluation.curves import Curve
+from improved_diffusion.evaluation.options import ReportConfig
+from improved_diffusion.registry import FRAME_METRICS
+from improved_diffusion.sampling import provenance
+from improved_diffusion.sampling.results import EvalDir
+
+logger = logging.getLogger(__name__)
+
+# What must be the same of directories whose videos stand side by side.
+SHARED = ("dataset", "dataset_partition", "obs_video")
+
+
+class Table(NamedTuple):
+    """A table of metrics and what the .json beside it says; both are empty where there is none."""
+
+    values: dict[str, np.ndarray]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One evaluation directory.
+
+    Attributes:
+        name: what it is called in the report.
+        facts: {what: value} of how it was made.
+        command: the one that makes its samples; None where the folder does not say enough.
+        observed: frames that the data gave.
+        table: its newest table.
+        curves: {metric, or curves.BITS: curve}.
+        bits: {video: its bound in bits per dimension}; empty where there is none.
+    """
+
+    name: str
+    facts: dict[str, str]
+    command: str | None
+    observed: list[int]
+    table: Table
+    curves: dict[str, Curve]
+    bits: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All of a report but its videos.
+
+    Attributes:
+        left_out: what is missing, a sentence each.
+    """
+
+    strategies: list[Strategy]
+    left_out: list[str]
+
+
+def gather_numbers(config: ReportConfig) -> Numbers:
+    """What the evaluation directories say.
+
+    Raises ValueError for directories that cannot be compared, FileNotFoundError for one without
+    samples.
+    """
+    eval_dirs = [EvalDir(folder) for folder in dict.fromkeys(config.eval_dir)]
+    names = provenance.strategy_names(eval_dirs)
+    strategies: list[Strategy] = []
+    left_out: list[str] = []
+    for name, eval_dir in zip(names, eval_dirs, strict=True):
+        strategies.append(_strategy(name, eval_dir))
+        left_out += _missing(strategies[-1], eval_dir)
+    _check_comparable(strategies, eval_dirs, allow=config.allow_differences)
+    return Numbers(strategies, left_out)
+
+
+def _check_comparable(strategies: list[Strategy], eval_dirs: list[EvalDir], *, allow: bool) -> None:
+    infos = {s.name: s.table.info for s in strategies if s.table.info}
+    if infos:
+        metric_tables.check_comparable(infos, allow=allow)
+    stored = [provenance.stored_options(eval_dir) for eval_dir in eval_dirs]
+    for name in SHARED:
+        found = {str(options[name]) for options in stored if options.get(name)}
+        if len(found) > 1 and not allow:
+            raise ValueError(
+                f"these directories differ in {name} ({' and '.join(sorted(found))}), so their videos "
+                "cannot stand side by side: leave some out, or go on with --allow_differences"
+            )
+
+
+def _strategy(name: str, eval_dir: EvalDir) -> Strategy:
+    path = curves.newest_table(eval_dir.path)
+    table = Table({}, {}) if path is None else _read_table(path)
+    bounds = curves.read_bounds(eval_dir)
+    return Strategy(
+        name,
+        _facts(eval_dir),
+        provenance.sample_command(eval_dir),
+        eval_dir.sample_config().get("observed_frames", []),
+        table,
+        curves.table_curves(path, table.info)
+        | ({} if bounds is None else {curves.BITS: bounds.curve()}),
+        {} if bounds is None else bounds.per_video,
+    )
+
+
+def _read_table(path: Path) -> Table:
+    return Table(metric_tables.read_table(path), metric_tables.read_info(path))
+
+
+def _facts(eval_dir: EvalDir) -> dict[str, str]:
+    """How the samples were made, in words; what nothing says is not in it."""
+    stored = provenance.stored_options(eval_dir)
+    names = {
+        "checkpoint": "checkpoint_path",
+        "updates": "checkpoint_step",
+        "weights (SHA-256)": "weights_sha256",
+        "data set": "dataset",
+        "partition": "dataset_partition",
+        "own clip": "obs_video",
+        "frames": "T",
+        "observed at the start": "obs_length",
+        "frames in a call": "max_frames",
+        "step size": "step_size",
+        "sampler": "sampler",
+        "timesteps": "timestep_respacing",
+        "eta": "eta",
+        "arithmetic": "precision",
+        "seed": "seed",
+    }
+    facts = {what: str(stored[name]) for what, name in names.items() if stored.get(name, "") != ""}
+    if facts.get("sampler") not in (None, "ddim"):
+        facts.pop("eta", None)
+    if "sampler" in facts:
+        facts.setdefault("timesteps", "all that were trained on")
+    seconds = provenance.seconds_per_video(eval_dir)
+    if seconds is not None:
+        facts["seconds per video"] = f"{seconds[0]:.4g} (mean of {seconds[1]} videos)"
+    versions = provenance.versions(eval_dir)
+    if versions:
+        facts["version"] = ", ".join(versions)
+    number = sum(map(len, eval_dir.samples().values()))
+    return facts | {"samples": f"{number}, of {len(eval_dir.samples())} videos"}
+
+
+def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
+    """Sentences on what the directory does not say."""
+    expected = {
+        "seconds per video": "how long sampling took",
+        "version": "the version of the code that sampled",
+        "weights (SHA-256)": "the hash of the weights",
+        "checkpoint": "the checkpoint",
+    }
+    unsaid = [words for what, words in expected.items() if what not in strategy.facts]
+    if unsaid:
+        yield f"{strategy.name}: its folder does not say {', '.join(unsaid)}."
+    if not strategy.table.values:
+        yield f"{strategy.name}: no scores; scripts/video_eval.py computes them."
+    elif not strategy.table.values.keys() & FRAME_METRICS.keys():
+        yield f"{strategy.name}: no scores of single frames, so no curves of them."
+    if curves.has_bounds(eval_dir) and not strategy.bits:
+        yield f"{strategy.name}: its bounds, since the folder does not say of how many frames they are."

@@ -1,0 +1,179 @@
+"""The report of evaluation directories: what is in the page, what it says is missing, what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import html5lib
+import numpy as np
+import pytest
+
+import toy_runs
+from helpers import run_script
+from improved_diffusion.data import paths
+from improved_diffusion.data.video_datasets import get_test_dataset
+from improved_diffusion.evaluation import evaluate
+from improved_diffusion.evaluation.options import EvalConfig, ReportConfig
+from improved_diffusion.evaluation.report import sprites
+from improved_diffusion.evaluation.report.page import write_report
+from improved_diffusion.sampling.results import EvalDir
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """Two strategies on three videos, of the first two samples each, scored."""
+    checkpoint = toy_runs.make_toy(tmp_path_factory.mktemp("report"))
+    found = []
+    for mode in ("autoreg", "hierarchy-2"):
+        options = {"inference_mode": mode, "subset_size": 3, "num_samples": 2}
+        found.append(toy_runs.sample(checkpoint, **options).path)
+    evaluate.evaluate(EvalConfig(eval_dir=tuple(map(str, found)), modes=("psnr", "ssim")))
+    return found
+
+
+def report(folders, **options) -> str:
+    """The page of a report."""
+    out = folders[0].parent / "report.html"
+    config = ReportConfig(eval_dir=tuple(map(str, folders)), out=str(out), **options)
+    assert write_report(config) == out
+    return out.read_text()
+
+
+def page_data(page: str) -> dict:
+    """What the page's script works on."""
+    return json.loads(re.search(r'id="report-data">(.*?)</script>', page, re.S)[1])
+
+
+def unpacked(stored: dict) -> np.ndarray:
+    """The frames of sprites, uint8 [T, 3, H, W], cut out as the page does."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    H, W, frames = stored["height"], stored["width"], []
+    for picture in stored["pictures"]:
+        file = io.BytesIO(base64.b64decode(picture.partition(",")[2]))
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        assert max(pixels.shape) <= sprites.MAX_SIDE
+        for row in range(pixels.shape[0] // H):
+            for column in range(stored["columns"]):
+                frames.append(pixels[row * H : (row + 1) * H, column * W : (column + 1) * W])
+    return np.stack(frames[: stored["length"]]).transpose(0, 3, 1, 2)
+
+
+def test_the_page_is_valid_and_needs_nothing_else(folders):
+    page = report(folders)
+    html5lib.HTMLParser(strict=True).parse(page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    assert not re.search(r'(src|href)="(?!data:)', page) and "@import" not in page
+
+
+def test_all_samples_and_their_truth_are_in_it_bit_for_bit(folders):
+    data = page_data(report(folders))
+    assert len(data["samples"]) == 6 and len(data["truth"]) == 3
+    truth = get_test_dataset(EvalDir(folders[0]).sample_config()["dataset"], T=toy_runs.T)
+    for shown in data["samples"]:
+        for folder, stored in zip(folders, shown["videos"], strict=True):
+            file = paths.sample_path(folder, shown["video"], shown["sample"])
+            np.testing.assert_array_equal(unpacked(stored), np.load(file))
+        stored = data["truth"][str(shown["video"])]
+        np.testing.assert_array_equal(unpacked(stored), truth.read(shown["video"]))
+
+
+@pytest.mark.parametrize("T, size", [(1, 8), (700, 8), (9, 1500)])
+def test_frames_of_any_number_and_size_fit_into_pictures_that_browsers_draw(T, size):
+    video = np.random.default_rng(0).integers(0, 9, (T, 3, size, size), dtype=np.uint8)
+    np.testing.assert_array_equal(unpacked(sprites.sprites(video)._asdict()), video)
+
+
+def test_the_schedule_is_the_one_that_was_sampled(folders):
+    data = page_data(report(folders))
+    for shown in data["samples"]:
+        for folder, number in zip(folders, shown["schedules"], strict=True):
+            recorded = EvalDir(folder).record(shown["video"], shown["sample"])["schedule"]
+            assert data["schedules"][number] == recorded
+    made = [frame for _, latent in data["schedules"][0] for frame in latent]
+    assert sorted(made) == list(range(toy_runs.OBSERVED, toy_runs.T))
+
+
+def test_scores_and_paired_differences_are_those_of_the_tables(folders):
+    page = report(folders)
+    tables = [evaluate.metric_tables.read_table(next(f.glob("metrics_*.pkl"))) for f in folders]
+    for values, sign in (
+        (tables[0]["psnr"], ""),
+        (tables[1]["psnr"] - tables[0]["psnr"], "+"),
+        (tables[0]["psnr"] - tables[1]["psnr"], "+"),
+    ):
+        row = evaluate.metric_tables.summarise(values)
+        shown = evaluate.metric_tables.plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
+        assert f"<td>{shown}<small>n = 3</small></td>" in page
+
+
+def test_a_page_that_would_be_too_large_says_what_it_left_out(folders, caplog):
+    whole = report(folders)
+    limit = len(whole) * 0.75e-6
+    page = report(folders, max_mb=limit)
+    shown = page_data(page)["samples"]
+    assert 0 < len(shown) < 6 and len(page.encode()) <= limit * 1e6
+    left = [f"{video} (sample 1)" for video in sorted(EvalDir(folders[0]).samples())][-1]
+    assert left in page and left in caplog.text
+    assert "No videos" in report(folders, max_mb=0.001)
+
+
+def test_what_earlier_versions_did_not_record_is_named(folders, tmp_path):
+    old = tmp_path / folders[1].name
+    old.mkdir()
+    for name in ("samples", "truth", "model_config.json", "sample_config.json"):
+        (old / name).symlink_to(folders[1] / name)
+    stored = json.loads((folders[0] / "sample_config.json").read_text())
+    page = report([old])
+    assert "hierarchy-2: its folder does not say how long sampling took, the version" in page
+    assert "hierarchy-2: no scores" in page
+    assert page_data(page)["schedules"], "the schedule follows from the stored options"
+    adaptive = tmp_path / "adaptive"
+    adaptive.mkdir()
+    (adaptive / "samples").symlink_to(folders[0] / "samples")
+    options = {"inference_mode": "adaptive-autoreg", "distance": "l2"}
+    (adaptive / "sample_config.json").write_text(json.dumps(stored | options))
+    page = report([adaptive])
+    assert "adaptive-autoreg: the schedule of samples" in page
+    assert page_data(page)["samples"][0]["schedules"] == [None]
+
+
+def test_without_the_data_set_the_truth_is_left_out_and_other_data_are_refused(folders, tmp_path):
+    gone, other = tmp_path / "gone", tmp_path / "other"
+    for folder, dataset in ((gone, "mazes_cwvae"), (other, None)):
+        folder.mkdir()
+        stored = json.loads((folders[0] / "sample_config.json").read_text())
+        if dataset is None:
+            dataset = str(toy_runs.make_folder_dataset(tmp_path / "data", T=toy_runs.T, num_test=5))
+            videos = sorted((tmp_path / "data/test").glob("*.npy"))
+            for video in videos:
+                np.save(video, 255 - np.load(video))
+        (folder / "sample_config.json").write_text(json.dumps(stored | {"dataset": dataset}))
+        for name in ("samples", "truth"):
+            (folder / name).symlink_to(folders[0] / name)
+    page = report([gone])
+    assert "The truth:" in page and page_data(page)["truth"] == {}
+    with pytest.raises(ValueError, match="continue another video|observes other frames"):
+        report([other])
+    with pytest.raises(ValueError, match="differ in dataset"):
+        report([folders[0], other])
+
+
+def test_user_mistakes_are_one_line_and_write_nothing(folders, tmp_path):
+    for words, told in (
+        (("--eval_dir", tmp_path / "none"), "no samples in"),
+        (("--eval_dir", folders[0], "--max_mb", "0"), "--max_mb 0.0: must be above 0"),
+    ):
+        done = run_script("video_report.py", *words, cwd=tmp_path)
+        assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_text_of_users_is_shown_and_never_run(folders):
+    title = "</script><script>alert(1)</script>"
+    page = report(folders, title=title)
+    assert title not in page and "&lt;/script&gt;" in page
