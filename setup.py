@@ -15,6 +15,8 @@ TF = [
 MPI = ["mpich>=4.3,<6"]
 VIDEO = ["av>=12"]
 MAZES = ["memory-maze==1.0.3", "dm_control==1.0.31", "mujoco==3.3.3", "gym==0.26.2"]
+# Where torch is one for CPUs, it brings no Triton, which interprets the kernels in tests.
+TRITON = ["triton; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -55,6 +57,6 @@ setup(
         "mpi": MPI,
         "video": VIDEO,
         "mazes": MAZES,
-        "test": TEST + CHECKS + MPI + VIDEO,
+        "test": TEST + CHECKS + MPI + VIDEO + TRITON,
     },
 )

@@ -303,6 +303,18 @@ VIDEO_METRICS = Registry(
     {
         "fvd": (f"{_HERE}.evaluation.metrics:Fvd", "Fréchet distance of sets of videos"),
         "kvd": (f"{_HERE}.evaluation.metrics:Kvd", "kernel distance of sets of videos"),
+        "fvd_infinity": (
+            f"{_HERE}.evaluation.distances:FvdInfinity",
+            "fvd extrapolated to infinitely many videos",
+        ),
+        "jedi": (
+            f"{_HERE}.evaluation.distances:Jedi",
+            "JEDi's kernel distance (JEDi itself on features of V-JEPA)",
+        ),
+        "motion": (
+            f"{_HERE}.evaluation.distances:Motion",
+            "Fréchet distance of statistics of frame differences",
+        ),
     },
 )
 
@@ -323,7 +335,22 @@ SAMPLE_METRICS = Registry(
 METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS, SAMPLE_METRICS)
 
 FEATURES = Registry(
-    "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+    "features",
+    {
+        "i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D"),
+        "alexnet": (
+            f"{_HERE}.evaluation.features:AlexNetFeatures",
+            "AlexNet's last convolution, mean over pixels and frames",
+        ),
+        "motion": (
+            f"{_HERE}.evaluation.features:MotionFeatures",
+            "statistics of frame differences, without a network",
+        ),
+        "file": (
+            f"{_HERE}.evaluation.feature_file:FileFeatures",
+            "a network of one's own: give its TorchScript or torch.export file instead of a name",
+        ),
+    },
 )
 
 # (network, TrainConfig) -> torch.optim.Optimizer, see training/optimizers.py and `made`.

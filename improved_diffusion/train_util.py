@@ -95,12 +95,12 @@ class TrainLoop:
         SIGTERM, SIGINT or SIGUSR1 at any one rank lets all finish the step and save. Raises
         ValueError where losses stay infinite or not a number, OSError where saving fails.
         """
-        self._introduce()
         with contextlib.ExitStack() as ends:
             ends.callback(self.run.close)
             ends.callback(self.log.close)
             ends.callback(self._saver.wait)
             try:
+                self._introduce()
                 self._train()
             except KeyboardInterrupt:  # the second Ctrl-C, which ends at once
                 ends.pop_all()

@@ -176,6 +176,11 @@ class UNetVideoModel(nn.Module):
         )
         self.to(memory_format=torch.channels_last)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The parts that `nn.compile_network` compiles, one by one."""
+        return [m for m in self.modules() if isinstance(m, ResBlock | FactorizedAttentionBlock)]
+
     @staticmethod
     def _levels_with_attention(config: ModelConfig, num_levels: int) -> list[bool]:
         assert config.image_size is not None

@@ -5,8 +5,9 @@ import re
 import shlex
 
 import pytest
+import torch
 
-from helpers import ROOT, call_main
+from helpers import ROOT, call_main, make_folder_dataset
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(
@@ -41,3 +42,17 @@ def test_every_file_is_one_that_training_takes(file, capsys):
     words = [] if "dataset" in options else ["--dataset", "bouncy_balls"]
     found = resolved(capsys, "--config", str(file), *words)
     assert {key: found[key] for key in options} == options
+
+
+def test_a_run_starts_from_the_fast_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    folder = make_folder_dataset(tmp_path / "data", size=16)
+    call_main(
+        "video_train.py",
+        *f"--config {ROOT}/scripts/configs/fast.json --dataset {folder} --resume_id fast".split(),
+        *"--max_frames 4 --batch_size 2 --num_channels 32 --num_res_blocks 1".split(),
+        *"--num_workers 0 --sample_interval 0 --max_steps 2 --save_latest_only True".split(),
+    )
+    saved = torch.load("checkpoints/fast/model_latest.pt")
+    assert saved["step"] == 2 and saved["config"]["optimizer"] == "muon"

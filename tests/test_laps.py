@@ -18,6 +18,8 @@ from improved_diffusion.evaluation.laps import (
     predictions,
 )
 from improved_diffusion.evaluation.metrics import TrueVideo
+from improved_diffusion.evaluation.options import EvalConfig
+from improved_diffusion.evaluation.scored_set import ScoredSet
 from improved_diffusion.sampling.results import EvalDir
 
 T, OBS, PERIODS = 24, 6, (5, 6)
@@ -174,3 +176,18 @@ def test_a_new_period_is_scored_anew(eval_dir):
     after, _ = score(eval_dir)
     assert not np.array_equal(before["lap_ssim"][0], after["lap_ssim"][0], equal_nan=True)
     np.testing.assert_array_equal(before["lap_ssim"][1], after["lap_ssim"][1])
+
+
+def test_a_period_is_counted_in_the_frames_that_are_read(eval_dir):
+    data = Path("data").resolve()
+    sampled = {"T": 12, "obs_length": 6, "observed_frames": list(range(6)), "dataset": str(data)}
+    trained = {"image_size": 32, "dataset": str(data), "frame_stride": 2}
+    strided = EvalDir("strided")
+    strided.write_configs(trained, sampled | {"dataset_partition": "test"})
+    for video in range(2):
+        strided.save_sample(video, 0, np.zeros((12, 3, 32, 32), np.uint8))
+    config = EvalConfig(eval_dir=("strided",))
+    with pytest.raises(ValueError, match="--frame_stride 2: .*0.npy repeats itself after 5 frames"):
+        ScoredSet.resolve(config, strided.path).periods  # noqa: B018
+    np.savez(map_path(data / "test/0.npy"), period=4)
+    assert ScoredSet.resolve(config, strided.path).periods == [2, 3]

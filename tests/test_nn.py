@@ -1,10 +1,13 @@
 """The fused normalisation against torch's own, forward and backward."""
 
+import importlib.util
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from improved_diffusion.nn import GroupNorm32
+from improved_diffusion.nn import GroupNorm32, norm_operators
 
 
 def images(channels, size, dtype=torch.float64):
@@ -71,3 +74,27 @@ def test_half_precision_is_normalised_in_float32():
     half = x.detach().bfloat16()
     assert norm(half).dtype == torch.bfloat16
     assert torch.equal(norm(half), norm(half.float()).bfloat16())
+
+
+@pytest.mark.parametrize("lack, words", [
+    ("triton", "pip install triton"),
+    ("gpu", "compute capability 7.0"),
+    ("compiler", "install gcc"),
+])  # fmt: skip
+def test_a_gpu_without_what_triton_needs_runs_the_plain_norm_and_says_so_once(
+    lack, words, monkeypatch, caplog
+):
+    class OnGpu:
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 7)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if lack == "triton" else 1)
+    capability = (6, 1) if lack == "gpu" else (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if lack == "compiler":
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
+    norm_operators._can_run.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not norm_operators.run_on(OnGpu()) and not norm_operators.run_on(OnGpu())
+    norm_operators._can_run.cache_clear()
+    assert len(caplog.records) == 1 and words in caplog.text

@@ -6,10 +6,17 @@ import torch
 
 from helpers import call_main
 from improved_diffusion.data import ray_mazes
-from improved_diffusion.data.walks import far_apart, load_poses, relative_poses, within
+from improved_diffusion.data.dataset_files import VideoFiles
+from improved_diffusion.data.walks import (
+    far_apart,
+    load_poses,
+    near_poses,
+    relative_poses,
+    within,
+)
 from improved_diffusion.evaluation import places, pose_network
 from improved_diffusion.evaluation.metrics import TrueVideo
-from improved_diffusion.evaluation.places import PlaceJumps, PlaceLpips, PlaceReturns
+from improved_diffusion.evaluation.places import PlaceJumps, PlaceLpips, PlaceReturns, best_matches
 from improved_diffusion.evaluation.pose_network import (
     Comparison,
     PoseJudge,
@@ -18,7 +25,9 @@ from improved_diffusion.evaluation.pose_network import (
     load_pose_network,
     save_pose_network,
 )
-from improved_diffusion.evaluation.pose_training import choose_frames, pose_loss
+from improved_diffusion.evaluation.pose_training import calibrate, choose_frames, pose_loss
+from improved_diffusion.registry import DATASETS
+from improved_diffusion.sampling.results import EvalDir
 
 KNOWN = Walks(("maze_laps",), step=0.25, turn=0.25)
 
@@ -230,3 +239,34 @@ def test_the_training_command_writes_a_network_and_tells_its_accuracy(mazes, cap
         path.unlink()
     with pytest.raises(FileNotFoundError, match="poses"):
         call_main("train_pose_network.py", *words, "--updates", 2)
+
+
+def test_as_many_frames_return_as_do_in_truth(mazes, judge):
+    """Even an untrained network says so of videos that its threshold was set on."""
+    sets = [("maze_laps", VideoFiles(DATASETS["maze_laps"], "train"))]
+    calibrate(judge, sets)
+    said, true = [], []
+    for path in sets[0][1].paths:
+        frames, poses = np.load(path).transpose(0, 3, 1, 2), load_poses(path)
+        said.append(best_matches(judge, frames, np.arange(len(frames)))[0] > 0)
+        true.append((near_poses(poses) & far_apart(len(poses))).any(axis=1))
+    assert 0.5 < np.mean(true) < 0.95
+    assert np.mean(said) == pytest.approx(np.mean(true), abs=0.01)
+
+
+def test_the_network_of_the_repository_knows_a_walk_from_a_shuffled_one(mazes):
+    frames = np.load(mazes / "test/0.npy").transpose(0, 3, 1, 2)
+    directory = EvalDir("results")
+    stored = {"T": 240, "obs_length": 60, "observed_frames": list(range(60))}
+    dataset = {"dataset": "maze_laps", "dataset_partition": "test"}
+    directory.write_configs({"image_size": 32, "dataset": "maze_laps"}, stored | dataset)
+    sample = frames.copy()
+    sample[60:] = np.random.default_rng(0).permutation(frames[60:])
+    directory.save_sample(0, 0, sample)
+    words = "--modes place_jumps place_returns --device cpu".split()
+    call_main("video_eval.py", "--eval_dir", directory.path, *words)
+    (path,) = directory.path.glob("metrics_*.pkl")
+    table = np.load(path, allow_pickle=True)
+    shuffled, true = table["place_jumps"][0, 0]
+    assert true < 2 and shuffled > 60
+    assert table["place_returns"][0, 0].min() > 90  # a shuffled lap is seen again, too

@@ -181,8 +181,9 @@ def _index_key(file: Path, spec: DatasetSpec) -> str:
 
 def _index_entry(file: Path, old: Any) -> list[Any]:
     """What the index keeps of a file: `old` where that still holds."""
-    if old and file.is_file() and old[0] == list(_stamp(file)):
-        return old
+    with contextlib.suppress(OSError):  # to open it says what is wrong
+        if old and old[0] == list(_stamp(file)):
+            return old
     video = video_io.open_video(file)
     return [list(_stamp(file)), list(video.shape), video.fps]
 

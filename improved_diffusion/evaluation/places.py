@@ -120,10 +120,19 @@ def returns(
 
     Both int64 [n], indices of frames uint8 [T, 3, H, W].
     """
+    score, earlier = best_matches(judge, frames, predicted)
+    return predicted[score > 0], earlier[score > 0]
+
+
+def best_matches(
+    judge: PoseJudge, frames: np.ndarray, predicted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How surely each predicted frame shows a place again (above 0: it does), and where it was before.
+
+    float [n], -inf for the first frames, and int64 [n], indices of frames uint8 [T, 3, H, W].
+    """
     allowed = far_apart(len(frames))[predicted]
     rows, earlier = np.nonzero(allowed)
     scores = np.full(allowed.shape, -np.inf)
     scores[rows, earlier] = judge.compare(frames, predicted[rows], earlier).same
-    best = scores.argmax(axis=1)
-    found = scores.max(axis=1) > 0
-    return predicted[found], best[found]
+    return scores.max(axis=1), scores.argmax(axis=1)

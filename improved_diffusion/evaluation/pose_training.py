@@ -14,14 +14,14 @@ from improved_diffusion.data.dataset_files import VideoFiles, dataset_spec, prep
 from improved_diffusion.data.machine import default_device
 from improved_diffusion.data.walks import (
     GAP_FRAMES,
-    NEAR_CELLS,
-    NEAR_RADIANS,
     far_apart,
     load_poses,
+    near_poses,
     relative_poses,
     within,
 )
 from improved_diffusion.evaluation.options import PoseConfig
+from improved_diffusion.evaluation.places import best_matches
 from improved_diffusion.evaluation.pose_network import (
     OVERLAP_CELLS,
     OVERLAP_RADIANS,
@@ -97,7 +97,7 @@ def train(config: PoseConfig, device: str) -> PoseJudge:
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     judge = PoseJudge(network, walks, device)
-    _calibrate(judge, sets)
+    calibrate(judge, sets)
     return judge
 
 
@@ -182,46 +182,57 @@ def pose_loss(told: Tensor, relative: Tensor) -> Tensor:
     )
 
 
-def _calibrate(judge: PoseJudge, sets: list[tuple[str, VideoFiles]]) -> None:
-    """Move the threshold of `same`, so that of pairs far apart as many are found as there are.
+def calibrate(judge: PoseJudge, sets: Sequence[tuple[str, VideoFiles]]) -> None:
+    """Move the threshold of `same`, so that as many frames return to a place as do in truth.
 
-    Training has far more of them than videos have.
+    A frame returns if any of many earlier ones shows its place: rare mistakes about pairs add up.
+    Raises ValueError where all videos are too short to return in.
     """
     said, true = [], []
     for _, files in sets:
         for frames, poses in _videos(files, CALIBRATION_VIDEOS):
-            later, earlier = np.nonzero(far_apart(len(poses)))
-            said.append(judge.compare(frames, later, earlier).same)
-            true.append(within(relative_poses(poses))[later, earlier])
-    share = 1 - np.concatenate(true).mean()
+            said.append(best_matches(judge, frames, np.arange(len(frames)))[0])
+            true.append((near_poses(poses) & far_apart(len(poses))).any(axis=1))
+    if all(len(scores) <= GAP_FRAMES + 1 for scores in said):
+        raise ValueError(
+            f"--dataset: its videos are too short: more than {GAP_FRAMES + 1} frames are needed"
+        )
+    known = np.isfinite(np.concatenate(said))  # the first frames can return to none
+    scores, share = np.sort(np.concatenate(said)[known]), np.concatenate(true)[known].mean()
+    threshold = float(scores[min(int((1 - share) * len(scores)), len(scores) - 1)])
     with torch.no_grad():
-        threshold = float(np.quantile(np.concatenate(said), share))
         judge.network.get_parameter("pair.3.bias")[0] -= threshold
 
 
-def _videos(
-    files: VideoFiles, number: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(frames uint8 [T, 3, H, W], poses [T, 3]) of the first videos (None: all)."""
-    for index in range(min(len(files), number or len(files))):
-        video = files.open(index)
-        yield files.read(video, range(video.shape[0])), load_poses(files.paths[index])
+def _videos(files: VideoFiles, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first videos, each as `_video`."""
+    return (_video(files, index) for index in range(min(len(files), number)))
+
+
+def _video(files: VideoFiles, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """(frames uint8 [T, 3, H, W], poses [T, 3])."""
+    video = files.open(index)
+    return files.read(video, range(video.shape[0])), load_poses(files.paths[index])
 
 
 # ---------------------------------------------------------------- accuracy
 
 
 def accuracy(judge: PoseJudge, files: VideoFiles) -> dict[str, float]:
-    """How well a network does on true videos, all of `files`; see `pair_accuracy`, `step_accuracy`."""
+    """How well a network does on true videos, all of `files`.
+
+    See `return_accuracy` and `step_accuracy`.
+    """
+    from tqdm import trange
+
     rng = np.random.default_rng(0)
-    pairs, errors, steps, cuts = [], [], [], []
-    for frames, poses in _videos(files):
-        relative = relative_poses(poses)
-        later, earlier = np.nonzero(far_apart(len(poses)))
-        same = judge.compare(frames, later, earlier).same > 0
-        wide = within(relative, 2 * NEAR_CELLS, 2 * NEAR_RADIANS)[later, earlier]
-        pairs.append(np.stack([same, within(relative)[later, earlier], wide]))
-        first = np.arange(len(poses) - 1)
+    found, errors, steps, cuts = [], [], [], []
+    for index in trange(len(files), desc=f"testing on {files.spec.name}", unit="video"):
+        frames, poses = _video(files, index)
+        score, earlier = best_matches(judge, frames, np.arange(len(frames)))
+        true = near_poses(poses) & far_apart(len(poses))
+        found.append(np.stack([score > 0, true[np.arange(len(true)), earlier], true.any(axis=1)]))
+        relative, first = relative_poses(poses), np.arange(len(poses) - 1)
         step = judge.compare(frames, first, first + 1)
         errors.append(step.relative - relative[first, first + 1])
         steps.append(judge.is_jump(step))
@@ -230,21 +241,21 @@ def accuracy(judge: PoseJudge, files: VideoFiles) -> dict[str, float]:
         cuts.append(judge.is_jump(judge.compare(frames, *cut.T)))
     counts = {"videos": len(files)}
     jumps = np.concatenate(steps), np.concatenate(cuts)
-    return counts | pair_accuracy(*np.concatenate(pairs, axis=1)) | step_accuracy(errors, *jumps)
+    return counts | return_accuracy(*np.concatenate(found, axis=1)) | step_accuracy(errors, *jumps)
 
 
-def pair_accuracy(said: np.ndarray, true: np.ndarray, wide: np.ndarray) -> dict[str, float]:
-    """In percent of pairs more than GAP_FRAMES apart, each bool [n].
+def return_accuracy(said: np.ndarray, right: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """In percent of frames [n], as `place_returns` counts them.
 
-    Those that show the same place and heading (`near_poses`), as the network says and in truth; of
-    those that it finds the share that is right, and that differs by at most twice as much; of the true
-    ones the share that it finds.
+    Args:
+        said, true: bool [n]: which return to the place and heading of more than GAP_FRAMES before, as the
+            network says, and in truth (`near_poses`).
+        right: bool [n]: where the earlier frame that the network points to is one of those.
     """
     return {
-        "same, true %": 100 * true.mean(),
-        "same, said %": 100 * said.mean(),
-        "found, right %": 100 * true[said].mean(),
-        "found, nearly %": 100 * wide[said].mean(),
+        "return, true %": 100 * true.mean(),
+        "return, said %": 100 * said.mean(),
+        "said, right %": 100 * right[said].mean(),
         "true, found %": 100 * said[true].mean(),
     }
 

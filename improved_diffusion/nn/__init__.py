@@ -5,6 +5,7 @@ Images are [N, C, H, W] in channels-last memory.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shlex
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 
 from improved_diffusion.nn.group_norm import GroupNorm32 as GroupNorm32
 from improved_diffusion.nn.group_norm import at_least_float32 as at_least_float32
+
+logger = logging.getLogger(__name__)
+
+MOST_KINDS_OF_BLOCKS = 128  # that are compiled, by shapes and arithmetic
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,7 +45,11 @@ def doubled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def compile_network(network: nn.Module) -> nn.Module:
-    """`network` through torch.compile: its first call takes minutes, then elementwise work is fused.
+    """`network` through torch.compile: elementwise work between the larger operations is fused.
+
+    Where the network says what its `blocks` are, each is compiled by itself and in place, equal ones
+    once: seconds for each kind of block, where the whole would take minutes. Beside the convolutions
+    stand the operators of the norms, so a compiled block keeps the inputs of both for the backward pass.
 
     Raises ValueError where the C++ compiler that this needs is missing.
     """
@@ -50,7 +59,22 @@ def compile_network(network: nn.Module) -> nn.Module:
             f"--compile True: there is no C++ compiler {compiler}: install it, name another in the "
             "environment variable CXX, or leave --compile out"
         )
-    return cast(nn.Module, torch.compile(network))
+    if next(network.parameters()).device.type == "cpu":
+        logger.warning(
+            "--compile True on a CPU: there it was measured useless (1.05 s for 1.02 s an update, after "
+            "174 s of compiling; with bf16 seven times slower)"
+        )
+    blocks = getattr(getattr(network, "module", network), "blocks", None)
+    if blocks is None:
+        return cast(nn.Module, torch.compile(network))
+    import torch._dynamo.config as dynamo_config  # costs a second, and only compiling needs it
+
+    # Shapes of blocks differ, and each is a version of the same code: 8 would be too few.
+    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo_config, limit, max(getattr(dynamo_config, limit), MOST_KINDS_OF_BLOCKS))
+    for block in blocks:
+        block.compile()
+    return network
 
 
 def zero_module(module: Module) -> Module:
@@ -75,7 +99,8 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 100
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """`x` as autocast gives it to layers: rounded once here, where many layers read it."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    known = torch.amp.is_autocast_available(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if known and torch.is_autocast_enabled(kind) else x
 
 
 def ema_decay(rate: float, step: int, *, warmup: bool) -> float:

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +29,6 @@ TILE, WHOLE_TILE, ROW_BYTES = 4096, 16384, 64
 
 # ---------------------------------------------------------------- where they run
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 _assumed = False
 
 
@@ -35,9 +36,34 @@ def run_on(x: Tensor) -> bool:
     """Whether the operators are to work on `x`: on a GPU, with Triton, up to single precision."""
     if _assumed:
         return True
-    if x.is_cuda and not HAS_TRITON:
-        _say_what_is_missing()
-    return x.is_cuda and HAS_TRITON and x.dtype in DTYPES
+    if not x.is_cuda or x.dtype not in DTYPES:
+        return False
+    return torch.compiler.is_compiling() or _can_run(x.device)  # compiling needs the same things
+
+
+@functools.cache
+def _can_run(device: torch.device) -> bool:
+    missing = _what_is_missing(device)
+    if missing:
+        logger.warning(
+            "%s: every group norm runs as some twenty kernels in place of one, and an update takes up to "
+            "twice as long",
+            missing,
+        )
+    return not missing
+
+
+def _what_is_missing(device: torch.device) -> str:
+    """What Triton lacks on this machine, and how to mend it; empty where it can run."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing (pip install triton)"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "Triton needs a GPU of compute capability 7.0 or more"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return (
+            "Triton finds no C compiler (install gcc, or name one in the environment variable CC)"
+        )
+    return ""
 
 
 @contextlib.contextmanager
@@ -49,14 +75,6 @@ def assumed() -> Iterator[None]:
         yield
     finally:
         _assumed = before
-
-
-@functools.cache
-def _say_what_is_missing() -> None:
-    logger.warning(
-        "Triton is missing: every group norm runs as some twenty kernels in place of one, and an update "
-        "takes up to twice as long: pip install triton"
-    )
 
 
 # ---------------------------------------------------------------- the operators

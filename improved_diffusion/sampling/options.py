@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
@@ -70,7 +71,12 @@ class SampleConfig:
         "arithmetic of the network; auto: bf16 where the device has instructions for it",
         choices=("fp32", "bf16", "auto"),
     )
-    compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    compile: bool = option(False, COMPILE_HELP)
+    cuda_graphs: bool = option(
+        False,
+        "on a GPU: record the network call of each shape once and replay it, for small batches, whose "
+        "kernels take no longer than their launches",
+    )
     indices: tuple[int, ...] | None = option(
         None, "only these test videos", nargs="+", item_type=int
     )

@@ -171,7 +171,8 @@ class Task:
         """
         device = machine.default_device(options.device)
         options = replace(options, precision=resolve_precision(options.precision, device))
-        model = TrainedModel.load(options.checkpoint_path, device, compile=options.compile)
+        how = {"compile": options.compile, "cuda_graphs": options.cuda_graphs}
+        model = TrainedModel.load(options.checkpoint_path, device, **how)
         dataset = options.override_dataset or model.dataset
         if not dataset:
             raise ValueError(

@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Written beside the samples, but two runs may differ in it and still make the same videos.
 NOT_A_VALUE = {"checkpoint_path"}
+FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
 # Options that came later, with what all folders were made with before.
 EARLIER = {"spacing": "time", "guidance": 1.0}
-FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
 # Hashes of what the values depend on; folders of earlier versions have none.
 HASH_SUFFIX = "_sha256"
 

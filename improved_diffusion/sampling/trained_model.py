@@ -17,6 +17,7 @@ from improved_diffusion.data.checkpoints import WeightsFile, load_weights
 from improved_diffusion.data.dataset_files import dataset_spec
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.nn import compile_network
+from improved_diffusion.nn.cuda_graphs import ReplayedNetwork
 from improved_diffusion.registry import NETWORKS
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
@@ -44,20 +45,32 @@ class TrainedModel:
     """
 
     def __init__(
-        self, weights: WeightsFile, path: str, device: str = "cpu", *, compile: bool = False
+        self,
+        weights: WeightsFile,
+        path: str,
+        device: str = "cpu",
+        *,
+        compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.path, self.config, self.step = path, weights.config, weights.step
         self._device = device
         self._weights, self._compile = weights.state_dict, compile
+        self._cuda_graphs = cuda_graphs
 
     @classmethod
-    def load(cls, path: str, device: str = "cpu", *, compile: bool = False) -> TrainedModel:
+    def load(
+        cls, path: str, device: str = "cpu", *, compile: bool = False, cuda_graphs: bool = False
+    ) -> TrainedModel:
         """Read the file; half-precision weights are cast to float32.
 
-        compile: compile the network with torch.compile. Raises FileNotFoundError or ValueError for
-        a missing, truncated or foreign file.
+        compile: compile the network with torch.compile. cuda_graphs: record its calls and replay them.
+        Raises FileNotFoundError or ValueError for a missing, truncated or foreign file, and ValueError
+        for cuda_graphs without a GPU.
         """
-        return cls(load_weights(path), path, device, compile=compile)
+        if cuda_graphs and torch.device(device).type != "cuda":
+            raise ValueError(f"--cuda_graphs True needs a CUDA GPU, not --device {device}")
+        return cls(load_weights(path), path, device, compile=compile, cuda_graphs=cuda_graphs)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.config, self.step))
@@ -80,7 +93,8 @@ class TrainedModel:
             ) from None
         network = network.to(self._device).eval()
         self._weights = network.state_dict()  # the file's own copy is not needed any more
-        return compile_network(network) if self._compile else network
+        network = compile_network(network) if self._compile else network
+        return ReplayedNetwork(network) if self._cuda_graphs else network
 
     @property
     def device(self) -> str:

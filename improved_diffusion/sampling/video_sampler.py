@@ -179,8 +179,9 @@ def sample_video(
     *,
     max_frames: int | None = None,
     step_size: int | None = None,
-    sampler: str = "dpmpp2m",
-    steps: int = 20,
+    sampler: str = "unipc",
+    spacing: str = "logsnr",
+    steps: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
     """Continue uint8 [n, H, W, 3] to uint8 [T, H, W, 3]; ValueError for what does not fit.
@@ -200,7 +201,9 @@ def sample_video(
     if plan.strategy().is_goal_directed:
         raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
     video = UnfinishedVideo(Job(0, 0), plan, observed_frames.transpose(0, 3, 1, 2))
-    maker = VideoSampler(model.denoiser(str(steps)), model.device, sampler=sampler, seed=seed)
+    maker = VideoSampler(
+        model.denoiser(str(steps), spacing=spacing), model.device, sampler=sampler, seed=seed
+    )
     for _ in make_videos(iter([video]), maker):
         pass
     return np.ascontiguousarray(video.whole().transpose(0, 2, 3, 1))

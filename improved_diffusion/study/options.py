@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
@@ -30,7 +31,7 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 class DemoConfig:
     """The demonstration (demo.py)."""
 
-    minutes: float = option(5.0, "minutes of training")
+    minutes: float = option(5.0, "minutes of training (0: only show the pretrained network)")
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
     num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
@@ -40,9 +41,19 @@ class DemoConfig:
     step_size: int = option(6, "frames to sample in each inference step")
     timesteps: int = option(20, "timesteps of sampling")
     warm_up_updates: int = option(20, "updates that measure the speed of this machine")
+    maze_checkpoint: str = option(
+        "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt",
+        "network that continues laps of mazes before anything is trained",
+    )
+    maze_videos: int = option(1, "mazes to show it on")
+    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
+    maze_timesteps: int = option(8, "timesteps of sampling them")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
+        check_positive(self, "maze_videos", "maze_timesteps")
+        if self.minutes < 0:
+            raise ValueError(f"--minutes {self.minutes}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class BenchmarkConfig:
     use_checkpoint: bool = option(
         False, "recompute activations in the backward pass to save memory", flag=True
     )
-    compile: bool = option(False, "compile the network", flag=True)
+    compile: bool = option(False, COMPILE_HELP, flag=True)
     estimate: bool = option(
         False,
         "measure nothing: count what a forward call and an update would cost on an A100 and an H100",
@@ -222,3 +233,19 @@ class SolverConfig:
         check_choices(self)
         if min(self.calls, default=0) < 2:
             raise ValueError(f"--calls {self.calls}: give numbers from 2")
+
+
+@dataclass(frozen=True)
+class GuidanceSweepConfig:
+    """The sweep over guidance (guidance_sweep.py)."""
+
+    weights: tuple[float, ...] = option(
+        (1.0, 1.25, 1.5, 2.0, 3.0), "values of --guidance", nargs="+", item_type=float
+    )
+    against: tuple[str, ...] = option(
+        ("nothing", "recent", "subset"),
+        "values of --guidance_against, checkpoint files among them",
+        nargs="+",
+        item_type=str,
+        commas=False,
+    )

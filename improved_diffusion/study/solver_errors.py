@@ -18,7 +18,7 @@ from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.registry import SAMPLERS
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.plan import Task, chosen_batches
-from improved_diffusion.study.measures import network_calls
+from improved_diffusion.study.benchmark_cases import network_calls
 from improved_diffusion.study.options import SolverConfig
 
 logger = logging.getLogger(__name__)

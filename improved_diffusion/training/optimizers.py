@@ -90,6 +90,7 @@ class Muon:
     Momentum 0.95 with Nesterov, five Newton-Schulz steps, updates scaled by sqrt(max(1, rows /
     columns)). Convolutions count as matrices [out, in * height * width]. AdamW has the first and
     the last convolution, embeddings, relative-position networks (see NOT_HIDDEN), norms and biases.
+    torch.optim.Muon on GPUs, in bfloat16; see muon_float32 for processors.
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
 
@@ -120,7 +121,7 @@ class Muon:
         kept = {id(param) for param in hidden}
         rest = [param for param in network.parameters() if id(param) not in kept]
         matrices = [as_matrix(param) for param in hidden]
-        muon = torch.optim.Muon(
+        muon = _muon_class(matrices[0].device)(
             matrices,
             lr=self.options.muon_lr,
             weight_decay=config.weight_decay,
@@ -129,6 +130,17 @@ class Muon:
             ns_steps=5,
         )
         return OptimizerPair(muon, _adamw(rest, config, self.options), hidden, matrices)
+
+
+def _muon_class(device: torch.device) -> type[torch.optim.Muon]:
+    """torch's own on GPUs; on processors the one that does without bfloat16."""
+    import torch
+
+    if device.type != "cpu":
+        return torch.optim.Muon
+    from improved_diffusion.training.muon_float32 import Float32Muon
+
+    return Float32Muon
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:

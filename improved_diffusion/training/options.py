@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from improved_diffusion.config import (
+    COMPILE_HELP,
     check_choices,
     check_positive,
     fill_options,
@@ -85,7 +86,7 @@ class TrainConfig:
     tf32: bool = option(
         True, "on a GPU: let products of float32 matrices and convolutions round factors to TF32"
     )
-    compile: bool = option(False, "compile the network with torch.compile (needs a C++ compiler)")
+    compile: bool = option(False, COMPILE_HELP)
     resample_observed: float = option(
         0.0, "share of items whose observed frames are the network's own denoising of them"
     )
