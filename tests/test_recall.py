@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from improved_diffusion.data import frame_selection as select
+from improved_diffusion.data.frame_distances import FrameDistances
 from improved_diffusion.inference_utils import create_strategy, inference_strategies
 
 T, PERIOD = 48, 12
@@ -40,20 +41,26 @@ def steps(strategy, videos):
 # ---------------------------------------------------------------- the pure functions
 
 
+def moment_distances(embeddings, window):
+    distances = FrameDistances(len(embeddings))
+    distances.add(range(len(embeddings)), embeddings)
+    return select.moment_distances(distances, window)
+
+
 def test_moments_differ_by_the_mean_over_their_frames():
     embeddings = np.array([[0.0], [1.0], [5.0], [0.0], [2.0]])
-    np.testing.assert_allclose(select.moment_distances(embeddings, 1), [4, 1, 9, 4, 0])
+    np.testing.assert_allclose(moment_distances(embeddings, 1), [4, 1, 9, 4, 0])
     # Frames (t-1, t) against (0, 2), the last two.
-    distances = select.moment_distances(embeddings, 2)
+    distances = moment_distances(embeddings, 2)
     # Frame 0 has nothing before it: it is compared with the last frame alone.
     np.testing.assert_allclose(distances, [4, 0.5, (1 + 9) / 2, (25 + 4) / 2, 0])
-    np.testing.assert_allclose(select.moment_distances(embeddings[:1], 3), [0])
+    np.testing.assert_allclose(moment_distances(embeddings[:1], 3), [0])
 
 
 def test_the_window_tells_moments_apart_that_one_frame_does_not():
     """The same place is passed in both directions: only the frames before say which."""
     there_and_back = np.array([[0.0], [1], [2], [3], [2], [1], [0], [7], [7], [1], [2]])
-    one, two = (select.moment_distances(there_and_back, window) for window in (1, 2))
+    one, two = (moment_distances(there_and_back, window) for window in (1, 2))
     assert one[2] == one[4] == 0 and two[2] == 0 < two[4]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from improved_diffusion.config import option
 from improved_diffusion.data import frame_selection as select
 from improved_diffusion.inference_utils import AdaptiveAutoregressive
@@ -66,12 +64,10 @@ class RecallAutoregressive(AdaptiveAutoregressive):
         recent = select.last_items(sorted(self._done_frames), self.options.recall_recent)
         return recent, self._places, self._next_block()
 
-    def _choose(
-        self, video: int, embeddings: dict[int, np.ndarray], start: list[int], places: int
-    ) -> list[int]:
-        done = np.stack([embeddings[frame] for frame in sorted(embeddings)])
-        now, options = len(done) - 1, self.options
-        distances = select.moment_distances(done, options.recall_window)
+    def _choose(self, video: int, start: list[int], places: int) -> list[int]:
+        frames, options = self._distances[video], self.options
+        now = len(frames) - 1
+        distances = select.moment_distances(frames, options.recall_window)
         then, followed = self._recalled.get(video, (now, []))
         distances[[moment + now - then for moment in followed]] *= options.recall_follow
         moments = select.similar_moments(distances, options.recall_gap, options.recall_moments)
