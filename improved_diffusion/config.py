@@ -6,7 +6,7 @@ that consumes an option reads it from the dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -75,6 +75,16 @@ def option_groups(registry: Registry) -> list[type]:
                 f"two of --{registry.flag} have an option {item.name} and differ in it: rename one"
             )
     return groups
+
+
+def options_only_of(registry: Registry, is_meant: Callable[[Any], bool]) -> list[str]:
+    """The names of options that things in `registry` own which are all meant."""
+    meant: list[str] = []
+    others: list[str] = []
+    for thing in registry.values():
+        found = [item.name for item in fields(getattr(thing, "Options", NoOptions))]
+        (meant if is_meant(thing) else others).extend(found)
+    return [name for name in dict.fromkeys(meant) if name not in others]
 
 
 def chosen_options(registry: Registry, name: str, values: Any = None) -> Any:

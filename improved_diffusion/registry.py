@@ -178,6 +178,31 @@ SAMPLERS = Registry(
         "ddim": (f"{_HERE}.sampling.samplers:ddim", "deterministic, or with --eta"),
         "dpmpp2m": (f"{_HERE}.sampling.samplers:dpmpp2m", "DPM-Solver++ 2M, good in 20 steps"),
         "heun": (f"{_HERE}.sampling.samplers:heun", "EDM's second order, two calls a step"),
+        "dpmpp3m": (f"{_HERE}.sampling.samplers:dpmpp3m", "DPM-Solver++ 3M, of order 3"),
+        "unipc": (f"{_HERE}.sampling.samplers:unipc", "UniPC-3: the same, each step corrected"),
+        "ipndm4": (f"{_HERE}.sampling.samplers:ipndm4", "Adams-Bashforth, of order 4"),
+    },
+)
+
+# (noise levels sigma [trained timesteps], --timestep_respacing) -> timesteps to keep, see respace.py.
+SPACINGS = Registry(
+    "spacing",
+    {
+        "time": (f"{_HERE}.respace:space_by_time", "even in the timestep, as published"),
+        "logsnr": (f"{_HERE}.respace:space_by_log_snr", "even in the logarithm of the noise level"),
+        "rho7": (f"{_HERE}.respace:space_by_rho7", "EDM's: even in the noise level's 7th root"),
+    },
+)
+
+_GUIDANCE = f"{_HERE}.sampling.guidance"
+
+# (observed frames, latent frames, generators) -> which to observe still, see sampling/guidance.py.
+GUIDANCE_REFERENCES = Registry(
+    "guidance_against",
+    {
+        "nothing": (f"{_GUIDANCE}:observe_nothing", "no frame"),
+        "recent": (f"{_GUIDANCE}:observe_recent", "the half that is nearest to the latent frames"),
+        "subset": (f"{_GUIDANCE}:observe_subset", "a random half"),
     },
 )
 

@@ -112,7 +112,9 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     required = item.default is dataclasses.MISSING
     help_text = meta["help"]
     if not required and item.default not in (None, ""):
-        shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        shown = (
+            " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        )
         help_text += f" [{shown}]"
     names = meta.get("names_of", choices)
     if hasattr(names, "help"):  # a registry: what its names are stands below

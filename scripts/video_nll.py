@@ -5,13 +5,15 @@ As a SLURM array job, task i takes the i-th batch of videos; bounds that are the
 
 import argparse
 
+from improved_diffusion.config import options_only_of
 from improved_diffusion.evaluation.options import NllConfig
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
 # Options of sampling that mean nothing here.
 NOT_FOR_BOUNDS = (
-    "num_samples sample_idx use_ddim sampler eta clip_denoised precision obs_video status "
-    "just_visualise"
+    "num_samples sample_idx use_ddim sampler eta spacing guidance guidance_against "
+    "guidance_interval clip_denoised precision obs_video status just_visualise"
 ).split()
 
 EPILOG = """\
@@ -24,7 +26,8 @@ examples:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    add_arguments(parser, NllConfig, leave_out=NOT_FOR_BOUNDS)
+    refused = options_only_of(STRATEGIES, lambda strategy: strategy.samples_frame_twice)
+    add_arguments(parser, NllConfig, leave_out=[*NOT_FOR_BOUNDS, *refused])
     return parser
 
 

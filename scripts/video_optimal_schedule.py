@@ -5,6 +5,8 @@ As a SLURM array job, task i searches step i; steps that are found already are k
 
 import argparse
 
+from improved_diffusion.config import options_only_of
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.options import ScheduleConfig, SearchedConfig
 from improved_diffusion.script_util import add_arguments, config_from_args, run_main
 
@@ -25,7 +27,8 @@ examples:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    add_arguments(parser, SearchedConfig, ScheduleConfig, leave_out=NOT_FOR_SEARCH)
+    refused = options_only_of(STRATEGIES, lambda s: s.is_adaptive or s.samples_frame_twice)
+    add_arguments(parser, SearchedConfig, ScheduleConfig, leave_out=[*NOT_FOR_SEARCH, *refused])
     return parser
 
 

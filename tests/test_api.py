@@ -46,7 +46,7 @@ def test_the_example_of_readme_runs_as_pasted(tmp_path, monkeypatch):
 def test_a_video_is_the_one_that_the_script_samples(checkpoint):
     config = SampleConfig(
         checkpoint_path=checkpoint, inference_mode="hierarchy-2", step_size=2, obs_length=4,
-        sampler="heun", timestep_respacing="3", seed=5,
+        sampler="heun", timestep_respacing="3", spacing="logsnr", seed=5,
     )  # fmt: skip
     theirs = load_video(paths.sample_path(sample_dataset(config).path, 0, 0))
     frames = np.load("data/test/0.npy")[:4]
@@ -67,7 +67,7 @@ def test_a_video_is_the_one_that_the_script_samples(checkpoint):
         (lambda x: x, {"strategy": "goal-directed-autoreg", "T": 12, "max_frames": 12}, "the end"),
         (lambda x: x, {"strategy": "no-such"}, "'no-such' is unknown"),
         (lambda x: x, {"T": 4}, "--obs_length 4 is illegal"),
-        (lambda x: x, {"steps": 20}, "--timestep_respacing 20"),
+        (lambda x: x, {"steps": 20}, "--timestep_respacing '20': give a number from 2 to the 3"),
     ],
 )
 def test_frames_and_options_that_do_not_fit_are_refused(checkpoint, change, options, message):

@@ -10,6 +10,8 @@ import torch
 
 from helpers import ROOT, call_main, make_checkpoint, make_folder_dataset
 from improved_diffusion import registry
+from improved_diffusion.config import DiffusionConfig
+from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.results import EvalDir
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
@@ -17,7 +19,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text
 EXAMPLES = {code.splitlines()[-1].partition("[")[0]: code for code in BLOCKS}
 KINDS = (
     "NETWORKS PREDICTIONS LOSS_WEIGHTINGS TIMESTEP_DISTRIBUTIONS OPTIMIZERS MASK_DISTRIBUTIONS "
-    "SAMPLERS inference_strategies DATASETS FRAME_METRICS SAMPLE_METRICS FEATURES VIDEO_METRICS"
+    "SAMPLERS SPACINGS GUIDANCE_REFERENCES inference_strategies DATASETS FRAME_METRICS SAMPLE_METRICS "
+    "FEATURES VIDEO_METRICS"
 ).split()
 TRAIN = (
     "--max_frames 4 --batch_size 2 --num_workers 0 --max_steps 2 --sample_interval 0 --resume_id toy "
@@ -176,6 +179,24 @@ def test_a_sampler(capsys):
     assert offered("video_sample.py", "first-guess", words, capsys)
     directory, stored = sampled("--inference_mode", "autoreg", "--sampler", "first-guess")
     assert stored["sampler"] == "first-guess" and directory.has_sample(0, 0)
+
+
+def test_a_spacing(capsys):
+    add("SPACINGS")
+    assert offered("video_sample.py", "noisy-half", "only from the noisier half.", capsys)
+    words = "--inference_mode autoreg --timestep_respacing 2 --spacing noisy-half".split()
+    directory, stored = sampled(*words)
+    assert stored["spacing"] == "noisy-half" and directory.has_sample(0, 0)
+    config = DiffusionConfig(diffusion_steps=100, timestep_respacing="2")
+    assert SpacedDiffusion(config, "noisy-half").timestep_map.tolist() == [50, 99]
+
+
+def test_a_reference_of_guidance(capsys):
+    add("GUIDANCE_REFERENCES")
+    assert offered("video_sample.py", "first", "the earliest frame.", capsys)
+    words = "--inference_mode autoreg --guidance 2 --guidance_against first".split()
+    directory, stored = sampled(*words)
+    assert stored["guidance_against"] == "first" and directory.has_sample(0, 0)
 
 
 def test_a_strategy(capsys):

@@ -99,6 +99,9 @@ CASES = [
     ("dpmpp2m", "30", {"noise_schedule": "cosine"}),
     ("heun", "30", {}),
     ("heun", "60", {"noise_schedule": "cosine", "predict_xstart": True}),
+    ("dpmpp3m", "20", {"noise_schedule": "cosine"}),
+    ("unipc", "20", {"predict_xstart": True, "learn_sigma": True}),
+    ("ipndm4", "20", {"noise_schedule": "cosine", "predict_xstart": True}),
 ]
 
 

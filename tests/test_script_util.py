@@ -117,7 +117,7 @@ def test_the_choices_of_a_registry_are_lines_of_help_and_an_error_of_one_line(tm
 
 def test_the_search_says_which_options_only_name_the_folder(tmp_path):
     done = run_script("video_optimal_schedule.py", "--help", cwd=tmp_path)
-    assert " ".join(done.stdout.split()).count("the search only takes from it the name") == 4
+    assert " ".join(done.stdout.split()).count("the search only takes from it the name") == 8
 
 
 def test_unknown_keys_are_ignored_and_missing_ones_get_defaults():

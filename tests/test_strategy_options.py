@@ -60,7 +60,6 @@ def test_a_registered_strategy_and_its_options_are_offered_by_help(sparse, scrip
     assert end.value.code == 0
     assert "sparse: Observe the last frame and the one so many before it." in shown
     assert "--gap GAP sparse: frames between the observed ones [2]" in shown
-    assert "--gibbs_sweeps" in shown and "--distance {lpips,l2}" in shown
 
 
 def test_its_options_reach_it_and_name_the_folder_and_are_stored(sparse, checkpoint):  # noqa: F811

@@ -113,7 +113,16 @@ class FrameBatch:
         )
 
     def columns(self, order: Tensor) -> FrameBatch:
-        """The frames `order` (int or bool [k]) of every video, in that order."""
+        """The frames `order` of every video (int or bool [k] or [1, k]), or of each its own (int [B, k])."""
+        if order.ndim == 2 and len(order) > 1:
+            index = order[:, :, None, None, None]
+            return FrameBatch(
+                torch.take_along_dim(self.frames, index, dim=1),
+                torch.take_along_dim(self.obs_mask, index, dim=1),
+                torch.take_along_dim(self.latent_mask, index, dim=1),
+                torch.take_along_dim(self.frame_indices, order, dim=1),
+            )
+        order = order.flatten()
         return FrameBatch(*(getattr(self, item.name)[:, order] for item in fields(self)))
 
     def repeated(self, times: int) -> FrameBatch:

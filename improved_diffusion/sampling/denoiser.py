@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,11 +46,24 @@ class Denoiser:
     ) -> None:
         self.network, self.diffusion = network, diffusion
         self.clip_denoised, self.autocast = clip_denoised, autocast
-        self.calls = 0  # of the network
+        self._calls = 0
+
+    @property
+    def calls(self) -> int:
+        """Of the network, so far."""
+        return self._calls
+
+    def for_trajectories(self, batch: FrameBatch, names: Sequence[tuple[int, ...]]) -> Denoiser:
+        """The denoiser that goes from noise to the latent frames of `batch`.
+
+        names: what identifies each trajectory (the seed, video, sample and inference step): all that
+        is drawn for it depends on that alone.
+        """
+        return self
 
     def output(self, x_t: Tensor, t: Tensor, batch: FrameBatch) -> Tensor:
         """The network's raw output [B, K, 3, H, W], or 6 channels with learn_sigma."""
-        self.calls += 1
+        self._calls += 1
         with self.autocast():
             return self.diffusion.run_model(self.network, x_t, t, batch.conditioning)
 

@@ -147,7 +147,7 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
     task = Task.resolve(options)
     plan, places = _searchable(task)
     # The folder in which --optimal will look.
-    sizes = task.model.step, task.plan.T, task.plan.max_frames
+    sizes = task.model.step, task.plan.T, task.plan.max_frames, task.reference_identity
     eval_dir = evaluation_dir(dataclasses.replace(options, optimal=True), *sizes)
     array_task = dist_util.array_task()
     if array_task is not None and array_task not in plan:

@@ -13,7 +13,7 @@ from improved_diffusion.config import (
     option,
     owned_options,
 )
-from improved_diffusion.registry import SAMPLERS, STRATEGIES
+from improved_diffusion.registry import GUIDANCE_REFERENCES, SAMPLERS, SPACINGS, STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class SampleConfig:
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM's small variance")
     timestep_respacing: str = option(
         "", "timesteps to sample with: an integer or ddim<int> (empty: as trained)"
+    )
+    spacing: str = option(
+        "time", "which timesteps --timestep_respacing keeps, of", choices=SPACINGS
+    )
+    guidance: float = option(
+        1.0, "lead predictions away from weaker ones: so many times as far from them (1: off)"
+    )
+    guidance_against: str = option(
+        "nothing",
+        "the weaker prediction: a checkpoint FILE's, or this network's that observes",
+        names_of=GUIDANCE_REFERENCES,
+    )
+    guidance_interval: tuple[float, ...] | None = option(
+        None,
+        "guide between these two noise levels sigma only (default: at all)",
+        nargs="+",
+        item_type=float,
     )
     precision: str = option(
         "fp32",
@@ -93,6 +110,36 @@ class SampleConfig:
             raise ValueError(
                 f"--eta {self.eta} goes with --use_ddim True, not with {self.sampler_name}"
             )
+        if self.spacing != "time" and not self.timestep_respacing:
+            raise ValueError(
+                f"--spacing {self.spacing} chooses timesteps: say how many with --timestep_respacing"
+            )
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        low, *high = self.guidance_interval or (0.0, float("inf"))
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"--guidance {self.guidance:g}: must not be negative")
+        if len(high) != 1 or not 0 <= low < high[0]:
+            shown = " ".join(f"{level:g}" for level in (low, *high))
+            raise ValueError(f"--guidance_interval {shown}: give two noise levels, the lower first")
+        if not self.is_guided and (
+            self.guidance_against != "nothing" or self.guidance_interval is not None
+        ):
+            raise ValueError(
+                "--guidance_against and --guidance_interval do nothing without --guidance W"
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance changes anything."""
+        return self.guidance != 1
+
+    @property
+    def reference_checkpoint(self) -> str:
+        """The checkpoint file that guidance leads away from; empty where it is no file."""
+        named = self.guidance_against in GUIDANCE_REFERENCES
+        return self.guidance_against if self.is_guided and not named else ""
 
     @property
     def sampler_name(self) -> str:
@@ -104,9 +151,16 @@ class SampleConfig:
         """What the options that change the sampler add to the checkpoint's folder under results/."""
         name = "" if self.sampler_name == "ddpm" else f"_{self.sampler_name}"
         eta = f"_eta{self.eta:g}" if self.eta else ""
-        return (
-            name + eta + (f"_respace{self.timestep_respacing}" if self.timestep_respacing else "")
-        )
+        respacing = f"_respace{self.timestep_respacing}" if self.timestep_respacing else ""
+        spacing = f"_{self.spacing}" if self.spacing != "time" else ""
+        return name + eta + respacing + spacing
+
+    def guidance_suffix(self, reference: str = "") -> str:
+        """What guidance adds to it. reference: the identity of the weights of `reference_checkpoint`."""
+        if not self.is_guided:
+            return ""
+        parts = f"{self.guidance:g}", reference[:8] or self.guidance_against
+        return "_g" + "-".join([*parts, *(f"{level:g}" for level in self.guidance_interval or ())])
 
 
 _NAMES_THE_FOLDER = (
@@ -123,6 +177,12 @@ class SearchedConfig(SampleConfig):
     sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLERS)
     eta: float = option(0.0, _NAMES_THE_FOLDER)
     timestep_respacing: str = option("", _NAMES_THE_FOLDER)
+    spacing: str = option("time", _NAMES_THE_FOLDER, choices=SPACINGS)
+    guidance: float = option(1.0, _NAMES_THE_FOLDER)
+    guidance_against: str = option("nothing", _NAMES_THE_FOLDER, names_of=GUIDANCE_REFERENCES)
+    guidance_interval: tuple[float, ...] | None = option(
+        None, _NAMES_THE_FOLDER, nargs="+", item_type=float
+    )
     cache_dir: str | None = option(
         None, "copy training videos here on first use, and read them here"
     )

@@ -25,7 +25,9 @@ from improved_diffusion.inference_utils import (
     create_strategy,
     load_optimal_schedule,
 )
-from improved_diffusion.registry import STRATEGIES
+from improved_diffusion.registry import GUIDANCE_REFERENCES, STRATEGIES
+from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.guidance import GuidedDenoiser, reference_model
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.trained_model import TrainedModel
 
@@ -123,6 +125,7 @@ class Task:
     plan: VideoPlan
     dataset: str
     eval_dir: Path
+    reference: TrainedModel | None = None  # that guidance leads away from
 
     @classmethod
     def resolve(cls, options: SampleConfig) -> Task:
@@ -153,7 +156,9 @@ class Task:
             logger.warning(
                 "--max_frames %d is more than the %d trained with", max_frames, model.max_frames
             )
-        eval_dir = evaluation_dir(options, model.step, T, max_frames)
+        reference = reference_model(options, model)
+        identity = reference.identity if reference else ""
+        eval_dir = evaluation_dir(options, model.step, T, max_frames, identity)
         plan = VideoPlan(
             options.inference_mode,
             T,
@@ -164,7 +169,37 @@ class Task:
             paths.optimal_schedule_path(eval_dir) if options.optimal else None,
             device,
         )
-        return cls(options, model, plan, dataset, eval_dir)
+        return cls(options, model, plan, dataset, eval_dir, reference)
+
+    def denoiser(self) -> Denoiser:
+        """The network as the options sample with it.
+
+        Raises ValueError for timesteps that cannot be kept, weights that do not fit, and a guidance
+        interval without timesteps.
+        """
+        options = self.options
+
+        def of(model: TrainedModel) -> Denoiser:
+            return model.denoiser(
+                options.timestep_respacing,
+                spacing=options.spacing,
+                clip_denoised=options.clip_denoised,
+                precision=options.precision,
+            )
+
+        if not options.is_guided:
+            return of(self.model)
+        if self.reference:
+            against: Any = of(self.reference)
+        else:
+            against = GUIDANCE_REFERENCES[options.guidance_against]
+        interval: Any = options.guidance_interval  # two of them
+        return GuidedDenoiser(of(self.model), options.guidance, against=against, interval=interval)
+
+    @property
+    def reference_identity(self) -> str:
+        """The identity of the weights that guidance leads away from; empty where it is none."""
+        return self.reference.identity if self.reference else ""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -187,7 +222,7 @@ class Task:
         options, plan = self.options, self.plan
         kept = (
             "checkpoint_path inference_mode step_size obs_length optimal eta timestep_respacing "
-            "precision clip_denoised dataset_partition obs_video seed"
+            "spacing guidance precision clip_denoised dataset_partition obs_video seed"
         )
         own = STRATEGIES[plan.mode].stored_options(plan.options)
         return (
@@ -201,6 +236,9 @@ class Task:
                 "max_frames": plan.max_frames,
                 "tf32": False,  # see fp16_util.autocast
                 "sampler": options.sampler_name,
+                # A file may be moved: its weights are what counts.
+                "guidance_against": self.reference_identity or options.guidance_against,
+                "guidance_interval": list(options.guidance_interval or ()),
                 "observed_frames": plan.strategy().observed_from_data,
             }
         )
@@ -215,16 +253,24 @@ class Task:
     def ignored(self) -> set[str]:
         """The stored options that play no part: a clip comes from no data set, and may be moved."""
         unused = set() if self.options.sampler_name == "ddim" else {"eta"}
+        if not self.options.is_guided:
+            unused |= {"guidance_against", "guidance_interval"}
         clip = {"dataset", "dataset_partition", "obs_video"} if self.options.obs_video else set()
         return unused | clip
 
 
-def evaluation_dir(options: SampleConfig, step: int, T: int, max_frames: int) -> Path:
-    """The evaluation directory that the options name, for a checkpoint of `step` updates."""
+def evaluation_dir(
+    options: SampleConfig, step: int, T: int, max_frames: int, reference: str = ""
+) -> Path:
+    """The evaluation directory that the options name, for a checkpoint of `step` updates.
+
+    reference: the identity of the weights that guidance leads away from, where those are a file's.
+    """
     if options.eval_dir is not None:
         base = Path(options.eval_dir)
     else:
-        base = paths.results_dir(options.checkpoint_path, step, options.sampler_suffix)
+        suffix = options.sampler_suffix + options.guidance_suffix(reference)
+        base = paths.results_dir(options.checkpoint_path, step, suffix)
     prefix = "trainset_" if options.dataset_partition == "train" else ""
     if options.override_dataset:
         prefix += Path(options.override_dataset).name + "_"

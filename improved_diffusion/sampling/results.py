@@ -24,6 +24,8 @@ Value = TypeVar("Value")
 # Written beside the samples, but two runs may differ in it and still make the same videos.
 NOT_A_VALUE = {"checkpoint_path"}
 FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
+# Options that came later, with what all folders were made with before.
+EARLIER = {"spacing": "time", "guidance": 1.0}
 # Hashes of what the values depend on; folders of earlier versions have none.
 HASH_SUFFIX = "_sha256"
 
@@ -149,8 +151,8 @@ class EvalDir:
 
         ignored: options that play no part. Raises ValueError naming the first that differs.
         """
-        if self.is_begun():
-            check_same(f"{self.path} holds samples", self.sample_config(), now, ignored)
+        if self.is_begun() and (before := self.sample_config()):
+            check_same(f"{self.path} holds samples", EARLIER | before, now, ignored)
 
     def write_configs(
         self,

@@ -6,13 +6,14 @@ latent ones sampled and the others untouched.
     noise: standard normals like batch.frames to start from (None: drawn).
     eta: of ddim alone.
 
-ddpm and ddim step through the diffusion process itself; dpmpp2m and heun solve its probability flow
-with fewer network calls. None of them turns gradients off: call them in torch.inference_mode().
+ddpm and ddim step through the diffusion process itself; the others solve its probability flow with
+fewer network calls. heun makes two calls a timestep and one at the last, all others one a timestep.
+None of them turns gradients off: call them in torch.inference_mode().
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import Generators, randn
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.multistep import adams_weights, decaying_weights
 
 
 def ddpm(
@@ -111,6 +113,102 @@ def heun(
         corrected = (guess - flow.denoise(guess, i - 1)) / flow.sigma[i - 1]
         x = x + change * 0.5 * (slope + corrected)
     return _finish(batch, x)
+
+
+def dpmpp3m(
+    denoiser: Denoiser,
+    batch: FrameBatch,
+    *,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DPM-Solver++(3M) (arXiv 2211.01095): the predictor of `unipc`, nothing corrected.
+
+    The third term is the Taylor series'. Published code (diffusers, k-diffusion) halves it, which
+    leaves order 2.
+    """
+    return _exponential_adams(denoiser, batch, _start(batch, generator, noise), corrected=False)
+
+
+def unipc(
+    denoiser: Denoiser,
+    batch: FrameBatch,
+    *,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """UniPC of order 3 (arXiv 2302.04867) Algorithm 1, of clean frames; its corrector gives order 4.
+
+    The call at the end of a step is made where the predictor led; it corrects the step afterwards.
+    """
+    return _exponential_adams(denoiser, batch, _start(batch, generator, noise), corrected=True)
+
+
+def _exponential_adams(
+    denoiser: Denoiser, batch: FrameBatch, noise: Tensor, *, corrected: bool
+) -> Tensor:
+    """Clean frames as a polynomial in u = -log(sigma), through those of the last three calls.
+
+    Over a step h the flow is exactly x -> exp(-h) x + integral of exp(u - h) D(u), 0 to h. As in
+    `dpmpp2m` the polynomial is followed no further than the previous step was long.
+    """
+    flow = ProbabilityFlow(denoiser, batch)
+    x = flow.start(noise)
+    points: list[tuple[float, Tensor]] = []  # (u, clean frames) of the last calls, newest first
+    before, previous_h = x, 0.0
+    for i in flow.indices():
+        here = -flow.log_sigma[i], flow.denoise(x, i)
+        if i == 0:
+            return _finish(batch, here[1])
+        if points and corrected:
+            x = _exponential_step(before, points[0][0], [here, *points], here[0], np.inf)
+        points = [here, *points][:3]
+        before = x
+        x = _exponential_step(x, here[0], points, -flow.log_sigma[i - 1], previous_h)
+        previous_h = -flow.log_sigma[i - 1] - here[0]
+    raise AssertionError("a process has timesteps")
+
+
+def _exponential_step(
+    x: Tensor, start: float, points: Sequence[tuple[float, Tensor]], end: float, reach: float
+) -> Tensor:
+    """x at u = start, brought to u = end."""
+    h = end - start
+    weights = decaying_weights([u - start for u, _ in points], h, reach=reach)
+    return np.exp(-h) * x + _weighted(weights, [denoised for _, denoised in points])
+
+
+def _weighted(weights: np.ndarray, tensors: Sequence[Tensor]) -> Tensor:
+    return sum((float(w) * t for w, t in zip(weights, tensors, strict=True)), torch.tensor(0.0))
+
+
+def ipndm4(
+    denoiser: Denoiser,
+    batch: FrameBatch,
+    *,
+    generator: Generators = None,
+    noise: Tensor | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """iPNDM (arXiv 2204.13902, section 3.3): Adams-Bashforth of order 4, begun with orders 1 to 3.
+
+    Solves dx/dsigma = (x - D) / sigma. The weights are those of the noise levels at hand (PNDM and
+    iPNDM take those of equal steps: 55, -59, 37, -9 over 24).
+    """
+    flow = ProbabilityFlow(denoiser, batch)
+    x = flow.start(_start(batch, generator, noise))
+    sigmas: list[float] = []
+    slopes: list[Tensor] = []  # both of the last calls, newest first
+    for i in flow.indices():
+        denoised = flow.denoise(x, i)
+        if i == 0:
+            return _finish(batch, denoised)
+        sigmas = [flow.sigma[i], *sigmas][:4]
+        slopes = [(x - denoised) / flow.sigma[i], *slopes][:4]
+        x = x + _weighted(adams_weights(sigmas, flow.sigma[i], flow.sigma[i - 1]), slopes)
+    raise AssertionError("a process has timesteps")
 
 
 class ProbabilityFlow:

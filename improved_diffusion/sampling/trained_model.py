@@ -28,9 +28,9 @@ def create_model(config: ModelConfig) -> nn.Module:
     return NETWORKS[config.network](config)
 
 
-def create_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
-    """The diffusion process of `config`, respaced as it says."""
-    return SpacedDiffusion(config)
+def create_diffusion(config: DiffusionConfig, spacing: str = "time") -> SpacedDiffusion:
+    """The diffusion process of `config`, respaced as it says. spacing: a name in SPACINGS."""
+    return SpacedDiffusion(config, spacing)
 
 
 class TrainedModel:
@@ -132,22 +132,33 @@ class TrainedModel:
         """The data set `name` as this network reads it."""
         return stored_dataset(name, self.config)
 
-    def process(self, respacing: str = "") -> SpacedDiffusion:
-        """The diffusion process; respacing: timesteps to keep (empty: those trained on)."""
+    def process(self, respacing: str = "", spacing: str = "time") -> SpacedDiffusion:
+        """The diffusion process.
+
+        respacing: timesteps to keep (empty: those trained on); spacing: which, a name in SPACINGS.
+        """
         config = from_options(DiffusionConfig, self.config)
         if respacing:
             config = dataclasses.replace(config, timestep_respacing=respacing)
-        return create_diffusion(config)
+        return create_diffusion(config, spacing)
 
     def denoiser(
-        self, respacing: str = "", *, clip_denoised: bool = True, precision: str = "fp32"
+        self,
+        respacing: str = "",
+        *,
+        spacing: str = "time",
+        clip_denoised: bool = True,
+        precision: str = "fp32",
     ) -> Denoiser:
         """The network in its process. precision: fp32 or bf16, of the network's arithmetic."""
         autocast = functools.partial(
             fp16_util.autocast, torch.device(self.device), precision=precision, use_fp16=False
         )
         return Denoiser(
-            self.network, self.process(respacing), clip_denoised=clip_denoised, autocast=autocast
+            self.network,
+            self.process(respacing, spacing),
+            clip_denoised=clip_denoised,
+            autocast=autocast,
         )
 
 

@@ -64,11 +64,11 @@ class VideoSampler:
             if stage >= start_stage:
                 for rows in _alike(observed, latent):
                     indices = np.array([observed[row] + latent[row] for row in rows])
-                    noise = [make_generator(self.seed, *jobs[row], stage) for row in rows]
+                    names = [(self.seed, *jobs[row], stage) for row in rows]
                     num_observed = len(observed[rows[0]])
                     for row, frames in zip(rows, indices, strict=True):
                         require_made(jobs[row], made[row], frames[:num_observed])
-                    self._sample_rows(videos, rows, indices, num_observed, noise)
+                    self._sample_rows(videos, rows, indices, num_observed, names)
                     made[np.array(rows)[:, None], indices[:, num_observed:]] = True
                 yield stage, sum(map(len, latent))
 
@@ -79,20 +79,23 @@ class VideoSampler:
         rows: list[int],
         indices: np.ndarray,
         num_observed: int,
-        generators: list[torch.Generator],
+        names: Sequence[tuple[int, ...]],
     ) -> None:
         """One network trajectory for some rows of `videos`, written back into them.
 
-        indices: [rows, K], the observed frames first.
+        indices: [rows, K], the observed frames first. names: of each row, what all that is drawn for
+        it depends on.
         """
         where = np.array(rows)[:, None]
         shared = (indices == indices[:1]).all()
         batch = FrameBatch.from_uint8(
             videos[where, indices], indices[:1] if shared else indices, num_observed, self.device
         )
+        denoiser = self.denoiser.for_trajectories(batch, names)
+        noise = [make_generator(*name) for name in names]
         # One context for the whole trajectory: half-precision copies of the weights are made once.
-        with self.denoiser.autocast():
-            out = SAMPLERS[self.sampler](self.denoiser, batch, generator=generators, eta=self.eta)
+        with denoiser.autocast():
+            out = SAMPLERS[self.sampler](denoiser, batch, generator=noise, eta=self.eta)
         videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
 
 
@@ -133,8 +136,9 @@ def sample_video(
     *,
     max_frames: int | None = None,
     step_size: int | None = None,
-    sampler: str = "dpmpp2m",
-    steps: int = 20,
+    sampler: str = "unipc",
+    spacing: str = "logsnr",
+    steps: int = 10,
     seed: int = 0,
 ) -> np.ndarray:
     """Continue uint8 [n, H, W, 3] to uint8 [T, H, W, 3]; ValueError for what does not fit.
@@ -155,6 +159,8 @@ def sample_video(
         raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
     videos = np.zeros((1, T, 3, size, size), np.uint8)
     videos[0, :num_observed] = observed_frames.transpose(0, 3, 1, 2)
-    maker = VideoSampler(model.denoiser(str(steps)), model.device, sampler=sampler, seed=seed)
+    maker = VideoSampler(
+        model.denoiser(str(steps), spacing=spacing), model.device, sampler=sampler, seed=seed
+    )
     list(maker.sample(chosen, videos, [Job(0, 0)]))
     return np.ascontiguousarray(videos[0].transpose(0, 2, 3, 1))

@@ -114,13 +114,8 @@ class SamplingRun:
     def __init__(self, task: Task, source: VideoTestSet | OneClip, eval_dir: EvalDir) -> None:
         options, model = task.options, task.model
         self.task, self.source, self.eval_dir = task, source, eval_dir
-        denoiser = model.denoiser(
-            options.timestep_respacing,
-            clip_denoised=options.clip_denoised,
-            precision=options.precision,
-        )
         self.sampler = VideoSampler(
-            denoiser,
+            task.denoiser(),
             model.device,
             sampler=options.sampler_name,
             seed=options.seed,

@@ -32,7 +32,9 @@ from improved_diffusion.training.train_step import TrainStep
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-USUAL_TIMESTEPS = {"ddpm": 1000, "ddim": 50, "dpmpp2m": 20, "heun": 20}
+USUAL_TIMESTEPS = {
+    "ddpm": 1000, "ddim": 50, "dpmpp2m": 20, "heun": 20, "dpmpp3m": 10, "unipc": 10, "ipndm4": 10,
+}  # fmt: skip
 MEASURED_TIMESTEPS = 3  # of a sampler; the rest is scaled
 NUM_VIDEOS, NUM_ITEMS, NUM_DRAWS = 3, 32, 1000
 

@@ -16,6 +16,8 @@ from improved_diffusion.config import (
 from improved_diffusion.registry import (
     FEATURES,
     FRAME_METRICS,
+    SAMPLERS,
+    SPACINGS,
     STRATEGIES,
     VIDEO_METRICS,
     JoinedRegistry,
@@ -29,7 +31,7 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 class DemoConfig:
     """The demonstration (demo.py)."""
 
-    minutes: float = option(5.0, "minutes of training")
+    minutes: float = option(5.0, "minutes of training (0: only show the pretrained network)")
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
     num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
@@ -39,9 +41,19 @@ class DemoConfig:
     step_size: int = option(6, "frames to sample in each inference step")
     timesteps: int = option(20, "timesteps of sampling")
     warm_up_updates: int = option(20, "updates that measure the speed of this machine")
+    maze_checkpoint: str = option(
+        "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt",
+        "network that continues laps of mazes before anything is trained",
+    )
+    maze_videos: int = option(1, "mazes to show it on")
+    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
+    maze_timesteps: int = option(8, "timesteps of sampling them")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
+        check_positive(self, "maze_videos", "maze_timesteps")
+        if self.minutes < 0:
+            raise ValueError(f"--minutes {self.minutes}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -192,3 +204,48 @@ class ComparisonConfig:
             raise ValueError(
                 f"--num_videos {self.num_videos}, --seconds {self.seconds}: must not be negative"
             )
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """The comparison of deterministic samplers at few calls (solver_errors.py)."""
+
+    samplers: tuple[str, ...] = option(
+        ("ddim", "dpmpp2m", "heun", "dpmpp3m", "unipc", "ipndm4"),
+        "deterministic samplers to compare, of",
+        choices=SAMPLERS,
+        nargs="+",
+        item_type=str,
+    )
+    spacings: tuple[str, ...] = option(
+        ("time", "logsnr", "rho7"),
+        "spacings to compare, of",
+        choices=SPACINGS,
+        nargs="+",
+        item_type=str,
+    )
+    calls: tuple[int, ...] = option(
+        (4, 6, 8, 10, 20), "network calls of a trajectory", nargs="+", item_type=int
+    )
+    reference_calls: int = option(1000, "network calls of the solution that errors are taken from")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if min(self.calls, default=0) < 2:
+            raise ValueError(f"--calls {self.calls}: give numbers from 2")
+
+
+@dataclass(frozen=True)
+class GuidanceSweepConfig:
+    """The sweep over guidance (guidance_sweep.py)."""
+
+    weights: tuple[float, ...] = option(
+        (1.0, 1.25, 1.5, 2.0, 3.0), "values of --guidance", nargs="+", item_type=float
+    )
+    against: tuple[str, ...] = option(
+        ("nothing", "recent", "subset"),
+        "values of --guidance_against, checkpoint files among them",
+        nargs="+",
+        item_type=str,
+        commas=False,
+    )

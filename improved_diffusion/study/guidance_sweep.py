@@ -1,0 +1,76 @@
+"""What guidance does to samples: their distance to the truth, and how much they differ from each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion.data import paths
+from improved_diffusion.evaluation.metric_tables import mean_and_error
+from improved_diffusion.evaluation.metrics import FrameMetric
+from improved_diffusion.registry import FRAME_METRICS
+from improved_diffusion.sampling.options import SampleConfig
+from improved_diffusion.sampling.plan import Task
+from improved_diffusion.sampling.results import load_video
+from improved_diffusion.sampling.video_sampling import sample_dataset
+from improved_diffusion.study.options import GuidanceSweepConfig
+
+logger = logging.getLogger(__name__)
+
+
+def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
+    """Sample the same videos at every weight, and return a table in Markdown.
+
+    A row per reference and weight, the unguided one once: psnr and lpips to the truth, and lpips between
+    two samples of one video, means over videos with their standard errors. Samples that exist are taken
+    as they are. Raises ValueError or FileNotFoundError for a user's mistake.
+    """
+    if sampling.num_samples < 2:
+        raise ValueError(
+            f"--num_samples {sampling.num_samples}: give 2, whose difference is measured"
+        )
+    metrics = {name: FRAME_METRICS[name]() for name in ("psnr", "lpips")}
+    for metric in metrics.values():
+        metric.settings()  # which raises where there are no weights
+    rows = [["guidance", "against", "psnr", "lpips", "lpips between samples"]]
+    rows.append(["---"] * len(rows[0]))
+    for against, weight in itertools.product(config.against, config.weights):
+        if weight == 1 and against != config.against[0]:
+            continue  # the same samples
+        way: dict[str, Any] = {"guidance": weight}
+        if weight != 1:
+            way["guidance_against"] = against
+        scores = _scores(dataclasses.replace(sampling, **way), metrics)
+        shown = "-" if weight == 1 else against
+        rows.append([f"{weight:g}", shown, *(_format(values) for values in scores)])
+        logger.info(" ".join(rows[-1]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _scores(options: SampleConfig, metrics: dict[str, FrameMetric]) -> list[np.ndarray]:
+    """psnr, lpips, and lpips between the first two samples, [videos] each, of the sampled frames."""
+    eval_dir, task = sample_dataset(options), Task.resolve(options)
+    observed = set(task.plan.strategy().observed_from_data)
+    sampled = [frame for frame in range(task.plan.T) if frame not in observed]
+    source = task.source()
+    rows = []
+    for video in eval_dir.samples():
+        truth = source.read(video, sampled)
+        first, second = (
+            load_video(paths.sample_path(eval_dir.path, video, sample))[sampled]
+            for sample in (0, 1)
+        )
+        pairs = [("psnr", first, truth), ("psnr", second, truth)]
+        pairs += [("lpips", first, truth), ("lpips", second, truth), ("lpips", first, second)]
+        values = [metrics[name].compute(a, b).mean() for name, a, b in pairs]
+        rows.append([(values[0] + values[1]) / 2, (values[2] + values[3]) / 2, values[4]])
+    return list(np.array(rows).T)
+
+
+def _format(values: np.ndarray) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
