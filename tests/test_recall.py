@@ -129,6 +129,17 @@ def test_each_video_recalls_by_what_it_shows_itself():
     assert observed == [[10, 11, 12, 18, 19], [6, 7, 8, 18, 19]] and latent[0] == [20, 21, 22]
 
 
+def test_moments_can_be_those_alone_that_real_frames_follow():
+    videos = lap_videos()
+    for observed, latent in steps(make(obs_length=PERIOD + 4, recall_from="observed"), videos):
+        first = latent[0][0]
+        followed = [frame for frame in observed[0] if frame < first - 2]
+        assert followed[0] % PERIOD == first % PERIOD and followed[0] < PERIOD + 4
+    videos[:] = videos[:, :1]  # every moment looks like now
+    observed, latent = steps(make(obs_length=0, recall_from="observed"), videos)[-1]
+    assert observed[0] == list(range(latent[0][0] - 5, latent[0][0]))  # nothing is real: as autoreg
+
+
 def test_several_moments_come_from_several_laps():
     options = {"recall_moments": 2, "recall_recent": 1}
     for observed, latent in steps(make(obs_length=2 * PERIOD + 4, **options), lap_videos()):
