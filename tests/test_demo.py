@@ -28,8 +28,12 @@ def folder(tmp_path, monkeypatch):
 def test_laps_of_mazes_are_continued_with_and_without_recalling(folder, capsys):
     call_main("video_demo.py", "--minutes", "0", *SIZES)
     printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if line.startswith(("autoreg ", "recall"))]
-    table = [row for row in rows if len(row) == 4 and row[-1] == "-"]  # three laps, the last too short
+    rows = [
+        line.split() for line in printed.splitlines() if line.startswith(("autoreg ", "recall"))
+    ]
+    table = [
+        row for row in rows if len(row) == 4 and row[-1] == "-"
+    ]  # three laps, the last too short
     assert [row[0] for row in table] == ["autoreg", "recall-autoreg"]
     (gif,) = folder.glob("results/pretrained/maze_laps/**/laps.gif")
     assert (gif.parent / "report.html").exists()
@@ -47,6 +51,8 @@ def test_the_demo_trains_samples_scores_and_writes_gifs(folder, capsys):
 
 
 def test_a_network_that_is_not_there_is_named(folder):
-    with pytest.raises(FileNotFoundError, match="nothing.pt is not there: start in the repository's root"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing.pt is not there: start in the repository's root"
+    ):
         call_main("video_demo.py", "--maze_checkpoint", "nothing.pt")
     assert not (folder / "results").exists()
