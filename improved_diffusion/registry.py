@@ -207,6 +207,7 @@ GUIDANCE_REFERENCES = Registry(
 )
 
 _STRATEGIES = f"{_HERE}.inference_utils"
+_OTHER_ORDERS = f"{_HERE}.data.parallel_strategies"
 
 STRATEGIES = Registry(
     "inference_mode",
@@ -230,6 +231,16 @@ STRATEGIES = Registry(
         "hierarchy-3": (f"{_STRATEGIES}:Hierarchy3", "the same in three levels"),
         "hierarchy-4": (f"{_STRATEGIES}:Hierarchy4", "the same in four levels"),
         "hierarchy-5": (f"{_STRATEGIES}:Hierarchy5", "the same in five levels"),
+        "parallel-hierarchy-2": (
+            f"{_OTHER_ORDERS}:ParallelHierarchy",
+            "two levels, in each every second block at once, then all those between",
+        ),
+        "parallel-hierarchy-3": (f"{_OTHER_ORDERS}:ParallelHierarchy3", "the same in three levels"),
+        "parallel-hierarchy-4": (f"{_OTHER_ORDERS}:ParallelHierarchy4", "the same in four levels"),
+        "end-to-start": (
+            f"{_OTHER_ORDERS}:EndToStart",
+            "from the last frames to the first, observing the start and the frames just after",
+        ),
         "adaptive-autoreg": (
             f"{_STRATEGIES}:AdaptiveAutoregressive",
             "observe the most recent frame, and frames that look different",

@@ -129,6 +129,16 @@ def test_a_random_half_depends_on_the_names_alone():
         assert out[0, -1, 0, 0, 0].item() == pytest.approx(together[row].item())
 
 
+def test_it_predicts_for_a_batch_of_no_known_trajectory_too():
+    batch = batch_of([[0.2, 0.4, 0.9]] * 2)
+    for against in ("recent", "subset"):
+        denoiser = guided(CountingNetwork(), 2, against=against)
+        alone = denoiser.denoise(torch.zeros(batch.frames.shape), T0, batch)[:, -1, 0, 0, 0]
+        assert len(alone) == 2 and (alone != 0.5).all()
+        if against == "recent":
+            assert torch.equal(alone, predicted(denoiser, batch))
+
+
 def test_where_nothing_is_observed_there_is_nothing_to_guide():
     batch, network = batch_of(torch.zeros(1, 0), 3), CountingNetwork(0.25)
     denoiser = guided(network, 2, against="recent")

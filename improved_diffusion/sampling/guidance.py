@@ -58,7 +58,7 @@ def observe_subset(
 
 
 class GuidedDenoiser(Denoiser):
-    """A denoiser that is guided, for every sampler, in what `for_trajectories` returns.
+    """A denoiser that is guided, for every sampler; `for_trajectories` first, where frames are drawn.
 
     Clean frames are clipped after guidance. The variance of a step is the guided network's; output,
     losses and bounds are its own, without guidance. A network that is its own reference is called
@@ -108,8 +108,7 @@ class GuidedDenoiser(Denoiser):
         bound = copy.copy(self)  # its networks are these, which count all calls
         bound._weights = self._weights.to(batch.device)
         if self._observe_fewer is not None:
-            columns = _reference_columns(batch, names, self._observe_fewer)
-            bound._fewer = columns, batch.columns(columns)
+            bound._fewer = self._observed_fewer(batch, names)
         return bound
 
     def predict(self, x_t: Tensor, t: Tensor, batch: FrameBatch) -> Prediction:
@@ -121,12 +120,20 @@ class GuidedDenoiser(Denoiser):
             xstart = reference + weights * (xstart - reference)
         return own._replace(xstart=xstart.clamp(-1, 1) if self.clip_denoised else xstart)
 
+    def _observed_fewer(
+        self, batch: FrameBatch, names: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, FrameBatch]:
+        """What the reference is given: the places of its frames, and these."""
+        assert self._observe_fewer is not None
+        columns = _reference_columns(batch, names, self._observe_fewer)
+        return columns, batch.columns(columns)
+
     def _reference(self, own: Tensor, x_t: Tensor, t: Tensor, batch: FrameBatch) -> Tensor:
         """The weaker prediction of the latent frames; `own` in the place of others."""
         if self._other is not None:
             return self._other.denoise(x_t, t, batch)
-        assert self._fewer is not None, "for_trajectories says which frames the reference observes"
-        columns, fewer = self._fewer
+        names = [(row,) for row in range(len(batch))]  # of a batch that no trajectory is known for
+        columns, fewer = self._fewer or self._observed_fewer(batch, names)
         if columns.shape[1] == x_t.shape[1]:  # there is nothing to observe less
             return own
         index = columns[:, :, None, None, None]

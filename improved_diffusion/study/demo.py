@@ -90,9 +90,9 @@ def show_memory(config: DemoConfig) -> None:
             "--maze_checkpoint"
         )
     began = time.perf_counter()
-    words = MAZE_SAMPLING.format(**vars(config), sampler=SAMPLER)
+    sampling = MAZE_SAMPLING.format(**vars(config), sampler=SAMPLER)
     folders = [
-        _sampled([config.maze_checkpoint, *shlex.split(f"{strategy} {words}")])
+        _sampled([config.maze_checkpoint, *shlex.split(f"{strategy} {sampling}")])
         for strategy in MAZE_STRATEGIES
     ]
     _scored(folders, "lap_psnr")
