@@ -33,7 +33,7 @@ def option(
     Without a default the flag is required. choices: names, or a registry, whose names and help are
     shown. extra: nargs="+" for a list, whose items are apart by spaces or commas: a tuple of
     `item_type`, or a text, which then is a comma list; names_of=<registry> where other values than
-    its names are legal too.
+    its names are legal too; word_for_none=<text> where that is what one writes for None.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **extra})
 

@@ -32,20 +32,30 @@ def autocast(
 
 @contextlib.contextmanager
 def _autocast_on_gpu(half: torch.dtype | None, tf32: bool) -> Iterator[None]:
-    with arithmetic(tf32=tf32), torch.autocast("cuda", half, enabled=half is not None):
+    network = torch.autocast("cuda", half) if half else contextlib.nullcontext()
+    with _cuda_settings(tf32, None), network:
         yield
 
 
-@contextlib.contextmanager
-def arithmetic(*, tf32: bool, same_shapes: bool | None = None) -> Iterator[None]:
+def arithmetic(
+    device: torch.device, *, tf32: bool, same_shapes: bool | None = None
+) -> contextlib.AbstractContextManager[None]:
     """How a GPU computes products of float32 matrices and convolutions inside; for all threads.
 
     Args:
+        device: nothing is done where it is no GPU: on some CPUs these settings would count, too.
         tf32: round factors to TF32, which keeps 10 of the 23 bits of a float32's mantissa (sums
             stay float32); False: not, in convolutions too, where torch would by itself.
         same_shapes: time cuDNN's algorithms once per shape and use the fastest, which pays where
             shapes come again (None: leave that as it is).
     """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _cuda_settings(tf32, same_shapes)
+
+
+@contextlib.contextmanager
+def _cuda_settings(tf32: bool, same_shapes: bool | None) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = tf32

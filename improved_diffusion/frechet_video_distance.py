@@ -81,6 +81,47 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
     return float(within - 2 * kernel(features_1, features_2).mean())
 
 
+def extrapolated_frechet_distance(
+    features_1: np.ndarray, features_2: np.ndarray, *, splits: int = 4
+) -> float:
+    """The Fréchet distance of infinitely many videos, on a line in 1/n.
+
+    The distance of n videos is too large by about a constant over n. The line goes through the
+    distance of all videos and the mean over their halves, which random `splits` (seeded) make; row
+    i of both arrays belongs together. The bias is gone to first order only: some is left where n
+    is not far above the dimensions in which features vary. It can be negative.
+
+    Args: float arrays [n, d], twice, n at least 4. Raises ValueError for other arrays. Source: Chong
+    and Forsyth 2020 (arXiv 1911.07023), there with more sizes.
+    """
+    features_1, features_2 = _checked(features_1, features_2)
+    n = len(features_1)
+    if len(features_2) != n or n < 4:
+        raise ValueError(
+            f"{n} and {len(features_2)} videos: the extrapolation needs as many of both, 4 or more"
+        )
+    rng = np.random.default_rng(0)
+    halves = [half for _ in range(splits) for half in np.array_split(rng.permutation(n), 2)]
+    of_halves = np.mean([frechet_distance(features_1[i], features_2[i]) for i in halves])
+    whole, step = frechet_distance(features_1, features_2), np.mean([1 / len(i) for i in halves])
+    return float(whole - (of_halves - whole) / n / (step - 1 / n))
+
+
+def jedi_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
+    """100 times the biased squared maximum mean discrepancy with the kernel (x.y / d)^2.
+
+    Args: float arrays [n, d] and [m, d], n and m at least 2. Raises ValueError for other arrays.
+    Source: Luo et al. 2024 (arXiv 2410.05203), whose features are V-JEPA's.
+    """
+    features_1, features_2 = _checked(features_1, features_2)
+
+    def mean_kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return ((x @ y.T / x.shape[1]) ** 2).mean()
+
+    within = mean_kernel(features_1, features_1) + mean_kernel(features_2, features_2)
+    return float(100 * (within - 2 * mean_kernel(features_1, features_2)))
+
+
 def _checked(features_1: np.ndarray, features_2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64, once they are fit for a distance."""
     for features in (features_1, features_2):
@@ -222,7 +263,7 @@ def _load_torch(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tens
     """The network of a state dict or TorchScript file; a replaced file is loaded anew."""
     import torch
 
-    if _is_torchscript(path):
+    if is_torchscript(path):
         script = torch.jit.load(str(path), map_location=device).eval()
         return functools.partial(script, rescale=False, resize=False, return_features=True)
     from improved_diffusion.evaluation.i3d import I3D
@@ -237,7 +278,7 @@ def _load_torch(path: Path, device: str, _stamp: int) -> Callable[[Tensor], Tens
     return network.to(device).eval()
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
     """Whether the archive holds code beside its tensors."""
     if not zipfile.is_zipfile(path):
         return False

@@ -16,6 +16,7 @@ import numpy as np
 
 from improved_diffusion.config import check_choices, chosen_options, option
 from improved_diffusion.data import frame_selection as select
+from improved_diffusion.data.frame_distances import FrameDistances, as_array
 from improved_diffusion.data.strategy_base import (
     MAX_REFINEMENTS,
     Embed,
@@ -184,7 +185,7 @@ class AdaptiveAutoregressive(InferenceStrategyBase):
         super().__init__(*args, **kwargs)
         self._embed = embed
         self._videos: Any = None
-        self._embeddings: dict[int, np.ndarray] = {}  # frame -> [B, d]
+        self._distances: list[FrameDistances] = []  # of each video's done frames
 
     @classmethod
     def embedding(cls, options: Any) -> str | None:
@@ -212,24 +213,21 @@ class AdaptiveAutoregressive(InferenceStrategyBase):
             return [[] for _ in self._videos], [self._first_latents() for _ in self._videos]
         self._embed_new_frames()
         start, places, latent = self._plan()
-        observed = []
-        for video in range(len(self._videos)):
-            embeddings = {frame: values[video] for frame, values in self._embeddings.items()}
-            observed.append(self._choose(video, embeddings, start, places))
+        observed = [self._choose(video, start, places) for video in range(len(self._videos))]
         return observed, [latent] * len(observed)
 
-    def _choose(
-        self, video: int, embeddings: dict[int, np.ndarray], start: list[int], places: int
-    ) -> list[int]:
-        """The frames to observe in one video; embeddings: {done frame: [d]}."""
-        return select.farthest_points(embeddings, start, places)
+    def _choose(self, video: int, start: list[int], places: int) -> list[int]:
+        """The frames to observe in one video."""
+        return select.farthest_points(self._distances[video], start, places)
 
     def _plan(self) -> tuple[list[int], int, list[int]]:
         """Frames to observe first of all, number of frames to observe, latent frames."""
         return [max(self._done_frames)], self._places, self._next_block()
 
     def _embed_new_frames(self) -> None:
-        new = sorted(self._done_frames - self._embeddings.keys())
+        if not self._distances:
+            self._distances = [FrameDistances(self._video_length) for _ in self._videos]
+        new = sorted(frame for frame in self._done_frames if frame not in self._distances[0])
         if not new:
             return
         frames = self._videos[:, new]
@@ -237,12 +235,13 @@ class AdaptiveAutoregressive(InferenceStrategyBase):
             frames = frames.detach().float().cpu().numpy()
         flat = np.asarray(frames, dtype=np.float32).reshape(-1, *frames.shape[2:])
         embed = self._embed if self.embedding(self.options) else None
-        values = np.asarray(embed(flat)) if embed else flat.reshape(len(flat), -1)
-        if values.ndim != 2 or len(values) != len(flat) or not np.isfinite(values).all():
+        values = as_array(embed(flat)) if embed else flat.reshape(len(flat), -1)
+        finite = values.isfinite() if hasattr(values, "isfinite") else np.isfinite(values)
+        if values.ndim != 2 or len(values) != len(flat) or not finite.all():
             fault = f"embeddings are {list(values.shape)} or not finite"
             raise ValueError(f"{self._mode()}: {fault}: must be finite, [{len(flat)}, d]")
-        values = values.reshape(len(self._videos), len(new), -1)
-        self._embeddings.update({frame: values[:, i] for i, frame in enumerate(new)})
+        for video, distances in enumerate(self._distances):
+            distances.add(new, values[video * len(new) : (video + 1) * len(new)])
 
 
 class AdaptiveHierarchy(AdaptiveAutoregressive, Hierarchy):

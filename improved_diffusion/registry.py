@@ -207,6 +207,7 @@ GUIDANCE_REFERENCES = Registry(
 )
 
 _STRATEGIES = f"{_HERE}.inference_utils"
+_OTHER_ORDERS = f"{_HERE}.data.parallel_strategies"
 
 STRATEGIES = Registry(
     "inference_mode",
@@ -230,6 +231,16 @@ STRATEGIES = Registry(
         "hierarchy-3": (f"{_STRATEGIES}:Hierarchy3", "the same in three levels"),
         "hierarchy-4": (f"{_STRATEGIES}:Hierarchy4", "the same in four levels"),
         "hierarchy-5": (f"{_STRATEGIES}:Hierarchy5", "the same in five levels"),
+        "parallel-hierarchy-2": (
+            f"{_OTHER_ORDERS}:ParallelHierarchy",
+            "two levels, in each every second block at once, then all those between",
+        ),
+        "parallel-hierarchy-3": (f"{_OTHER_ORDERS}:ParallelHierarchy3", "the same in three levels"),
+        "parallel-hierarchy-4": (f"{_OTHER_ORDERS}:ParallelHierarchy4", "the same in four levels"),
+        "end-to-start": (
+            f"{_OTHER_ORDERS}:EndToStart",
+            "from the last frames to the first, observing the start and the frames just after",
+        ),
         "adaptive-autoreg": (
             f"{_STRATEGIES}:AdaptiveAutoregressive",
             "observe the most recent frame, and frames that look different",
@@ -292,6 +303,18 @@ VIDEO_METRICS = Registry(
     {
         "fvd": (f"{_HERE}.evaluation.metrics:Fvd", "Fréchet distance of sets of videos"),
         "kvd": (f"{_HERE}.evaluation.metrics:Kvd", "kernel distance of sets of videos"),
+        "fvd_infinity": (
+            f"{_HERE}.evaluation.distances:FvdInfinity",
+            "fvd extrapolated to infinitely many videos",
+        ),
+        "jedi": (
+            f"{_HERE}.evaluation.distances:Jedi",
+            "JEDi's kernel distance (JEDi itself on features of V-JEPA)",
+        ),
+        "motion": (
+            f"{_HERE}.evaluation.distances:Motion",
+            "Fréchet distance of statistics of frame differences",
+        ),
     },
 )
 
@@ -312,7 +335,22 @@ SAMPLE_METRICS = Registry(
 METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS, SAMPLE_METRICS)
 
 FEATURES = Registry(
-    "features", {"i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D")}
+    "features",
+    {
+        "i3d": (f"{_HERE}.evaluation.features:I3DFeatures", "logits of I3D"),
+        "alexnet": (
+            f"{_HERE}.evaluation.features:AlexNetFeatures",
+            "AlexNet's last convolution, mean over pixels and frames",
+        ),
+        "motion": (
+            f"{_HERE}.evaluation.features:MotionFeatures",
+            "statistics of frame differences, without a network",
+        ),
+        "file": (
+            f"{_HERE}.evaluation.feature_file:FileFeatures",
+            "a network of one's own: give its TorchScript or torch.export file instead of a name",
+        ),
+    },
 )
 
 # (network, TrainConfig) -> torch.optim.Optimizer, see training/optimizers.py and `made`.

@@ -43,11 +43,21 @@ def str2bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def _value_type(hint: Any) -> Callable[[str], Any]:
+def _value_type(hint: Any, word_for_none: str | None = None) -> Callable[[str], Any]:
     """The parser of one value: the first type of an `X | None`."""
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
-    return str2bool if hint is bool else hint
+    parse = str2bool if hint is bool else hint
+    if word_for_none is None:
+        return parse
+
+    def value_or_word(text: str) -> Any:
+        return None if text == word_for_none else parse(text)
+
+    value_or_word.__name__ = (
+        f"{hint.__name__} (or {word_for_none})"  # which argparse names in errors
+    )
+    return value_or_word
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -127,7 +137,7 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
     if meta.get("nargs"):
         options |= _list_parsing(meta, is_text=hint is str)
     else:
-        options["type"] = _value_type(hint)
+        options["type"] = _value_type(hint, meta.get("word_for_none"))
         if not hasattr(
             choices, "help"
         ):  # names of a registry are checked by the dataclass, in one line
@@ -219,7 +229,9 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
 
 def _one_line(error: BaseException) -> str:
     """What a user can do something about, in one line; nothing for a defect."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+    from improved_diffusion.data import machine
+
+    if machine.is_out_of_memory(error):
         first = str(error).partition(". GPU")[0].partition("\n")[0]
         return f"out of memory ({first or 'the machine has no more'}): try a smaller --batch_size"
     return " ".join(str(error).split()) if isinstance(error, USER_ERRORS) else ""

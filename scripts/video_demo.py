@@ -1,4 +1,4 @@
-"""From nothing to videos: makes bouncy_balls, trains a small network, samples, scores, writes gifs."""
+"""Laps of a maze with and without memory, then from nothing to videos: data, training, samples, scores, gifs."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from improved_diffusion.study.options import DemoConfig
 EPILOG = """\
 examples:
   python scripts/video_demo.py
-  python scripts/video_demo.py --minutes 10
+  python scripts/video_demo.py --minutes 0
 """
 
 

@@ -15,9 +15,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("SLURM_ARRAY_TASK_ID", "DIFFUSION_BLOB_LOGDIR", "DATA_ROOT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("METRIC_CACHE_DIR", str(tmp_path / "truth-features"))
 
 
 @pytest.fixture

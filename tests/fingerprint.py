@@ -56,6 +56,9 @@ class Chain:
             "PYTHONPATH": str(checkout),
             "WANDB_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
+            "METRIC_CACHE_DIR": str(
+                folder / "truth-features"
+            ),  # not what another checkout computed
         }
 
     def run(self, script: str, options: str) -> str:

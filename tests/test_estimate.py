@@ -1,5 +1,7 @@
 """What is counted of a GPU's work, and that the work does not grow."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,11 @@ def workload(precision="bf16"):
     return Workload("tiny", TINY, precision, torch.device("cpu"), BenchmarkConfig())
 
 
+@functools.cache
+def kernels_of(what, precision="bf16"):
+    return estimate.estimate(workload(precision), what)
+
+
 def totals(kernels):
     return sum(k.launches for k in kernels), sum(k.bytes for k in kernels) / 1e6
 
@@ -26,13 +33,13 @@ def totals(kernels):
     ("train", 2250, 467),
 ])  # fmt: skip
 def test_kernels_and_bytes_do_not_grow(what, launches, megabytes):
-    found_launches, found_megabytes = totals(estimate.estimate(workload(), what))
+    found_launches, found_megabytes = totals(kernels_of(what))
     assert 0.95 * launches < found_launches <= launches
     assert 0.95 * megabytes < found_megabytes <= megabytes
 
 
 def test_every_norm_is_one_kernel_each_way():
-    kernels = estimate.estimate(workload(), "train")
+    kernels = kernels_of("train")
     norms = sum(
         isinstance(module, torch.nn.GroupNorm) for module in workload().build()[0].modules()
     )
@@ -44,7 +51,7 @@ def test_every_norm_is_one_kernel_each_way():
 def test_flops_are_those_that_the_benchmark_counts():
     model, _ = workload("fp32").build()
     counted = speed.count_gflop(benchmark_cases.forward_call(workload("fp32"), model))
-    kernels = estimate.estimate(workload("fp32"), "forward")
+    kernels = kernels_of("forward", "fp32")
     attention = sum(k.flops for k in kernels if "attention" in k.op) / 1e9
     estimated = sum(k.flops for k in kernels) / 1e9
     assert estimated - attention == pytest.approx(counted, rel=1e-6)  # torch counts none on CPUs

@@ -20,7 +20,7 @@ from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
-from improved_diffusion.registry import FRAME_METRICS, VIDEO_METRICS
+from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.script_util import config_from_args
 
@@ -512,10 +512,10 @@ def test_lpips_is_cached_by_the_content_of_its_weights(eval_dir, tmp_path, monke
 
 
 @pytest.mark.weights
-def test_the_fetched_weights_score_all_five_metrics(tmp_path):
+def test_the_fetched_weights_score_the_metrics_that_need_them(tmp_path):
     make_folder_dataset(tmp_path / "data", T=T)
     directory = make_eval_dir(tmp_path, "autoreg", num_videos=2)
-    table = evaluate(directory, modes=(*FRAME_METRICS, *VIDEO_METRICS), num_samples=1)
+    table = evaluate(directory, modes=("lpips", "fvd", "kvd"), num_samples=1)
     assert table["lpips"].shape == (2, 1, T - OBSERVED) and (table["lpips"] > 0).all()
     assert table["fvd"].shape == (1,) and table["fvd"][0] > 0
 

@@ -28,7 +28,9 @@ def cuda(monkeypatch):
 
 
 def make_denoiser(mode, *, precision="fp32", use_fp16=False, **process):
-    config = ModelConfig(image_size=SIZE, num_channels=32, num_res_blocks=1)
+    config = ModelConfig(
+        image_size=SIZE, num_channels=32, num_res_blocks=1, attention_resolutions="8"
+    )
     network = make_network(config, mode)
     autocast = functools.partial(fp16_util.autocast, CUDA, precision=precision, use_fp16=use_fp16)
     return Denoiser(network, create_diffusion(DiffusionConfig(**process)), autocast=autocast)

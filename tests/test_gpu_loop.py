@@ -256,12 +256,18 @@ def test_on_a_gpu_all_but_training_is_exact_in_float32():
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_training_says_how_its_float32_products_are_computed(videos, tf32):
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_training_rounds_where_it_is_told_to_and_never_on_a_cpu(videos, monkeypatch, tf32, on_gpu):
+    """In the backward pass, too."""
     loop, seen = make_loop(videos, tf32=tf32), []
     next(iter(loop.train_step.params.values())).register_hook(lambda grad: seen.append(products()))
+    if on_gpu:
+        real = fp16_util.arithmetic
+        gpu = torch.device("cuda")
+        monkeypatch.setattr(fp16_util, "arithmetic", lambda _, **kinds: real(gpu, **kinds))
     before = products()
     loop.run_step(next(loop._batches()))
-    assert seen == [(tf32, tf32)] and products() == before
+    assert seen == [(tf32, tf32) if on_gpu else before] and products() == before
 
 
 @pytest.mark.parametrize("able", [True, False])

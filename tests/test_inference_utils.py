@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from golden_fill import array
 from improved_diffusion.data import frame_selection
+from improved_diffusion.data.frame_distances import FrameDistances
 from improved_diffusion.inference_utils import (
     InferenceStrategyBase,
     create_strategy,
@@ -231,7 +232,8 @@ def test_adaptive_hierarchy_always_observes_the_nearest_frames():
 
 
 def test_farthest_points_on_a_line():
-    line = {frame: np.array([float(frame)]) for frame in range(10)}
+    line = FrameDistances(10)
+    line.add(range(10), np.arange(10.0)[:, None])
     assert frame_selection.farthest_points(line, [9], 3) == [0, 4, 9]  # 4 and 5 tie
     assert frame_selection.farthest_points(line, [3, 4], 1) == [3]
     assert frame_selection.farthest_points(line, [0], 99) == list(range(10))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +12,13 @@ import torch
 from improved_diffusion.data import machine, paths
 from improved_diffusion.evaluation import evaluate, nll
 from improved_diffusion.evaluation.options import EvalConfig, NllConfig
+from improved_diffusion.inference_utils import InferenceStrategyBase
+from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling import keeper, lpips_util, optimal_schedule, video_sampling
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
-from improved_diffusion.sampling.results import EvalDir, Partial
+from improved_diffusion.sampling.plan import Job, VideoPlan
+from improved_diffusion.sampling.results import EvalDir, KeptStep
+from improved_diffusion.sampling.unfinished_video import UnfinishedVideo
 from toy_runs import OBSERVED, SIZE, T, load, make_toy, sample, toy_options
 
 SEARCH = ScheduleConfig(num_videos=2, num_timesteps=2)
@@ -45,91 +48,146 @@ def score(eval_dir: EvalDir, **options) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- unfinished videos
 
 
-def stop_after(monkeypatch, stage: int) -> None:
-    """Kill the next run when it has made so many inference steps of its first batch."""
-    original = video_sampling.VideoSampler.sample
+def stop_after(monkeypatch, steps: int) -> None:
+    """Kill the next run when it has kept so many inference steps."""
+    original, kept = keeper.Keeper.keep, []
 
-    def dying(self, *args):
-        for made, frames in original(self, *args):
-            yield made, frames
-            if made + 1 == stage:
-                raise KeyboardInterrupt
+    def dying(self, video, step):
+        original(self, video, step)
+        kept.append(step)
+        if len(kept) == steps:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(video_sampling.VideoSampler, "sample", dying)
+    monkeypatch.setattr(keeper.Keeper, "keep", dying)
 
 
-def keep_always(monkeypatch) -> None:
-    """Unfinished videos are kept after every inference step, however long that takes."""
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+def sample_and_stop_after(steps: int, monkeypatch, checkpoint: Path, **options) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            sample(checkpoint, **options)
 
 
 def test_videos_that_another_run_advances_meanwhile_are_whole(checkpoint, monkeypatch):
-    """Two runs on one folder: while the first makes a batch, the second brings videos 2 and 3 on."""
+    """Two runs on one folder: while the first is at work, the second brings videos 1 and 2 on."""
     whole = sample(checkpoint, eval_dir="whole")
-    keep_always(monkeypatch)
-    make_batch = video_sampling.SamplingRun._make_batch
-    partials = {}
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            sample(checkpoint, eval_dir="ahead", indices=(2,))
-    ahead = EvalDir("ahead/autoreg_4_2_12_2").load_partial(2, 0)
-    assert ahead.stages == 3
+    sample_and_stop_after(3, monkeypatch, checkpoint, eval_dir="ahead", indices=(2,))
+    sample_and_stop_after(3, monkeypatch, checkpoint, eval_dir="ahead", indices=(1,))
+    ahead = EvalDir("ahead/autoreg_4_2_12_2")
+    assert ahead.kept_stages(2, 0) == ahead.kept_stages(1, 0) == {0, 1, 2}
+    keep, met = keeper.Keeper.keep, []
 
-    def meanwhile(self, *args):
-        yield from make_batch(self, *args)
-        if not partials:
-            partials[2] = ahead
-            self.eval_dir.save_partial(2, 0, ahead)
+    def meanwhile(self, video, step):
+        keep(self, video, step)
+        if not met:
+            met.append(step)
+            for other, stage in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)):
+                self.eval_dir.save_step(other, 0, stage, ahead.load_step(other, 0, stage))
 
-    monkeypatch.setattr(video_sampling.SamplingRun, "_make_batch", meanwhile)
+    monkeypatch.setattr(keeper.Keeper, "keep", meanwhile)
     made = sample(checkpoint, eval_dir="shared", batch_size=2)
-    assert partials
+    assert met
     for video in range(4):
         np.testing.assert_array_equal(load(made, video), load(whole, video))
     assert not (made.path / "partial").exists()
 
 
 def test_videos_that_another_run_finishes_meanwhile_are_left_alone(checkpoint, monkeypatch):
-    make_batch, batches = video_sampling.SamplingRun._make_batch, []
+    opened, original = [], keeper.Keeper.open
 
-    def meanwhile(self, stage, partials):
-        batches.append([job.video for job in partials])
-        yield from make_batch(self, stage, partials)
-        if len(batches) == 1:
+    def open_and_meet(self, job):
+        opened.append(job.video)
+        if len(opened) == 1:
             self.eval_dir.save_sample(3, 0, np.full((T, 3, SIZE, SIZE), 9, np.uint8))
+        return original(self, job)
 
-    monkeypatch.setattr(video_sampling.SamplingRun, "_make_batch", meanwhile)
+    monkeypatch.setattr(keeper.Keeper, "open", open_and_meet)
     made = sample(checkpoint, batch_size=2)
-    assert batches == [[0, 1], [2]] and (load(made, 3) == 9).all()
+    assert opened == [0, 1, 2] and (load(made, 3) == 9).all()
+
+
+class EndsEarly(InferenceStrategyBase):
+    """says that it is done while the last frames are missing."""
+
+    def is_done(self):
+        return max(self._done_frames) + 3 >= self._video_length
+
+    def next_indices(self):
+        return [max(self._done_frames)], self._next_block()
 
 
 def test_a_frame_that_was_never_made_is_not_saved(checkpoint, monkeypatch):
-    """What is kept claims more inference steps than its frames were made in."""
-    keep_always(monkeypatch)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            sample(checkpoint, indices=(0,))
+    monkeypatch.setitem(STRATEGIES._entries, "ends-early", (EndsEarly, ""))
+    words = r"video 0 sample 0: the frames \[10, 11\] were never made: the strategy ends before"
+    with pytest.raises(ValueError, match=words):
+        sample(checkpoint, indices=(0,), inference_mode="ends-early")
+    assert not list(Path("results").glob("*/samples"))
+
+
+def test_a_frame_that_was_never_made_is_not_observed():
+    plan = VideoPlan("autoreg", 6, 1, 4, 2)
+    video = UnfinishedVideo(Job(0, 0), plan, np.ones((1, 3, 2, 2), np.uint8))
+    (first,) = video.ready
+    video.finish(first, np.full((2, 3, 2, 2), 7, np.uint8))
+    (second,) = video.ready
+    assert second.observed == [1, 2] and (video.observed_frames(second) == 7).all()
+    video.made[2] = False
+    with pytest.raises(ValueError, match=r"video 0 sample 0: the frames \[2\] were never made"):
+        video.observed_frames(second)
+    with pytest.raises(ValueError, match="2 frames are to be put in, not"):
+        video.finish(second, np.ones((1, 3, 2, 2), np.uint8))
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "other frames"])
+def test_what_does_not_fit_is_made_again_and_what_fits_is_gone_on_with(
+    checkpoint, monkeypatch, caplog, fault
+):
+    whole = sample(checkpoint, eval_dir="whole", indices=(0,))
+    sample_and_stop_after(4, monkeypatch, checkpoint, indices=(0,))
     folder = EvalDir("results/autoreg_4_2_12_2")
-    kept = folder.load_partial(0, 0)
-    assert kept.stages == 2 and list(np.flatnonzero(kept.made)) == list(range(6))
-    for stages in (3, 5):
-        folder.save_partial(0, 0, Partial(stages, kept.frames, kept.made))
-        with pytest.raises(ValueError, match=r"video 0 sample 0: the frames \[6.*never made"):
-            sample(checkpoint, indices=(0,))
-    assert not (folder.path / "samples").exists()
+    path = paths.step_path(folder.path, 0, 0, 2)
+    if fault == "missing":
+        path.unlink()
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        folder.save_step(0, 0, 2, folder.load_step(0, 0, 1))
+    made, original = [], keeper.Keeper.keep
+
+    def counting(self, video, step):
+        original(self, video, step)
+        made.append(step.stage)
+
+    monkeypatch.setattr(keeper.Keeper, "keep", counting)
+    np.testing.assert_array_equal(load(sample(checkpoint, indices=(0,)), 0), load(whole, 0))
+    # What comes after the gap was made of the same frames; after a step that does not fit, nothing counts.
+    assert made == ([2, 3] if fault == "other frames" else [2])
+    assert ("does not fit: from inference step 2 on" in caplog.text) == (fault == "other frames")
+
+
+def test_a_killed_run_loses_at_most_the_steps_in_work(checkpoint, monkeypatch):
+    sample_and_stop_after(7, monkeypatch, checkpoint, batch_size=3)
+    folder = EvalDir("results/autoreg_4_2_12_2")
+    assert [len(folder.kept_stages(video, 0)) for video in range(4)] == [3, 2, 2, 0]
+
+
+def test_what_an_earlier_version_has_kept_is_begun_again_and_said(checkpoint, caplog):
+    caplog.set_level("INFO")
+    whole = sample(checkpoint, eval_dir="whole", indices=(0,))
+    made = sample(checkpoint, indices=(1,))
+    (made.path / "partial").mkdir()
+    old = made.path / "partial/sample_0000-0.npz"
+    np.savez(old, stages=3, frames=np.zeros((T, 3, SIZE, SIZE), np.uint8), made=np.ones(T, bool))
+    np.testing.assert_array_equal(load(sample(checkpoint, indices=(0,)), 0), load(whole, 0))
+    assert f"{old} was kept by an earlier version: that video is begun again" in caplog.text
+    assert not old.parent.exists()
 
 
 def test_what_is_kept_of_other_data_is_not_gone_on_with(checkpoint, monkeypatch, caplog):
-    keep_always(monkeypatch)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            sample(checkpoint, indices=(0,))
+    sample_and_stop_after(2, monkeypatch, checkpoint, indices=(0,))
     np.save("data/test/0.npy", 255 - np.load("data/test/0.npy"))
     made = sample(checkpoint, indices=(0,))
-    assert "does not fit: from its start" in caplog.text
+    assert "video 0 sample 0 does not fit: from inference step 0 on" in caplog.text
     np.testing.assert_array_equal(load(made, 0), load(sample(checkpoint, eval_dir="b"), 0))
 
 
@@ -291,7 +349,7 @@ def test_the_options_of_a_run_that_came_to_nothing_bind_nobody(checkpoint, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(EvalDir, "save_sample", failing)
-        patch.setattr(EvalDir, "save_partial", failing)
+        patch.setattr(EvalDir, "save_step", failing)
         with pytest.raises(OSError, match="no room"):
             sample(checkpoint, seed=1)
     made = sample(checkpoint, seed=2, indices=(0,))
@@ -423,7 +481,8 @@ def test_what_a_killed_process_left_behind_is_removed_by_the_next_run(checkpoint
     alive = made.path / f".sample_config.json.{host}_{running}_abcdefgh.tmp"
     alive.write_bytes(b"half")
     frames = load(made, 0)
-    made.save_partial(0, 0, Partial(3, frames, np.ones(T, bool)))
+    made.save_step(0, 0, 2, KeptStep(np.arange(2), frames[:2], ""))
+    (made.path / "partial/sample_0000-0" / f".step_0001.npz.{host}_{gone}_ab12_x_3.tmp").touch()
     np.save(made.path / "metrics_cache/sample_0009-0_psnr_0123.npy", np.zeros(3))
     sample(checkpoint)
     assert files(made.path) == before | {alive.name: b"half"}

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from helpers import ROOT
+from improved_diffusion.config import ModelConfig
 from improved_diffusion.nn import norm_operators
 from improved_diffusion.nn.group_norm import GroupNorm32
+from improved_diffusion.unet import FrameContext, ResBlock
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,6 +153,7 @@ def test_operators_are_registered_as_torch_demands():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled and run above")
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_for_a100_and_h100_without_spilling(architecture, tmp_path):
@@ -189,3 +192,24 @@ for kernel in (norm_kernels.normalise, norm_kernels.normalise_backward):
         )
         print("spilled", ".local" in compiled.asm["ptx"] or b".nv.local" in compiled.asm["cubin"])
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_block_is_traced_whole_with_the_operators_and_without(on_gpu, monkeypatch):
+    """What --compile does up to its code, which needs minutes."""
+    torch.manual_seed(0)
+    config = ModelConfig(image_size=32, num_channels=32)
+    block = ResBlock(32, 32, 16, config).to(DEVICE)
+    with torch.no_grad():
+        block.out_layers[3].weight.normal_()  # they begin as zeros
+    x, terms = torch.randn(4, 32, 4, 4, device=DEVICE), torch.randn(2, 16, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    context = FrameContext(2, terms, torch.empty(0), None)
+    if on_gpu:
+        monkeypatch.setattr(norm_operators, "_assumed", True)
+    expected = block(x, context)
+    out = torch.compile(block, backend="aot_eager", fullgraph=True)(x, context)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    mine, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected))
+    assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()

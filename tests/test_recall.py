@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from improved_diffusion.data import frame_selection as select
+from improved_diffusion.data.frame_distances import FrameDistances
 from improved_diffusion.inference_utils import create_strategy, inference_strategies
 
 T, PERIOD = 48, 12
@@ -40,20 +41,26 @@ def steps(strategy, videos):
 # ---------------------------------------------------------------- the pure functions
 
 
+def moment_distances(embeddings, window):
+    distances = FrameDistances(len(embeddings))
+    distances.add(range(len(embeddings)), embeddings)
+    return select.moment_distances(distances, window)
+
+
 def test_moments_differ_by_the_mean_over_their_frames():
     embeddings = np.array([[0.0], [1.0], [5.0], [0.0], [2.0]])
-    np.testing.assert_allclose(select.moment_distances(embeddings, 1), [4, 1, 9, 4, 0])
+    np.testing.assert_allclose(moment_distances(embeddings, 1), [4, 1, 9, 4, 0])
     # Frames (t-1, t) against (0, 2), the last two.
-    distances = select.moment_distances(embeddings, 2)
+    distances = moment_distances(embeddings, 2)
     # Frame 0 has nothing before it: it is compared with the last frame alone.
     np.testing.assert_allclose(distances, [4, 0.5, (1 + 9) / 2, (25 + 4) / 2, 0])
-    np.testing.assert_allclose(select.moment_distances(embeddings[:1], 3), [0])
+    np.testing.assert_allclose(moment_distances(embeddings[:1], 3), [0])
 
 
 def test_the_window_tells_moments_apart_that_one_frame_does_not():
     """The same place is passed in both directions: only the frames before say which."""
     there_and_back = np.array([[0.0], [1], [2], [3], [2], [1], [0], [7], [7], [1], [2]])
-    one, two = (select.moment_distances(there_and_back, window) for window in (1, 2))
+    one, two = (moment_distances(there_and_back, window) for window in (1, 2))
     assert one[2] == one[4] == 0 and two[2] == 0 < two[4]
 
 
@@ -120,6 +127,17 @@ def test_each_video_recalls_by_what_it_shows_itself():
     videos = np.concatenate([lap_videos(period=10), lap_videos(period=14)])
     observed, latent = steps(make(obs_length=20), videos)[0]
     assert observed == [[10, 11, 12, 18, 19], [6, 7, 8, 18, 19]] and latent[0] == [20, 21, 22]
+
+
+def test_moments_can_be_those_alone_that_real_frames_follow():
+    videos = lap_videos()
+    for observed, latent in steps(make(obs_length=PERIOD + 4, recall_from="observed"), videos):
+        first = latent[0][0]
+        followed = [frame for frame in observed[0] if frame < first - 2]
+        assert followed[0] % PERIOD == first % PERIOD and followed[0] < PERIOD + 4
+    videos[:] = videos[:, :1]  # every moment looks like now
+    observed, latent = steps(make(obs_length=0, recall_from="observed"), videos)[-1]
+    assert observed[0] == list(range(latent[0][0] - 5, latent[0][0]))  # nothing is real: as autoreg
 
 
 def test_several_moments_come_from_several_laps():

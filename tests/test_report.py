@@ -13,9 +13,12 @@ from helpers import run_script
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import evaluate
+from improved_diffusion.evaluation.metric_tables import plus_minus, summarise
 from improved_diffusion.evaluation.options import EvalConfig, ReportConfig
 from improved_diffusion.evaluation.report import sprites
-from improved_diffusion.evaluation.report.page import write_report
+from improved_diffusion.evaluation.report.numbers import Strategy, Table
+from improved_diffusion.evaluation.report.page import difference_tables, score_tables, write_report
+from improved_diffusion.registry import SAMPLE_METRICS
 from improved_diffusion.sampling.results import EvalDir
 
 
@@ -106,9 +109,28 @@ def test_scores_and_paired_differences_are_those_of_the_tables(folders):
         (tables[1]["psnr"] - tables[0]["psnr"], "+"),
         (tables[0]["psnr"] - tables[1]["psnr"], "+"),
     ):
-        row = evaluate.metric_tables.summarise(values)
-        shown = evaluate.metric_tables.plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
+        row = summarise(values)
+        shown = plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
         assert f"<td>{shown}<small>n = 3</small></td>" in page
+
+
+def test_metrics_of_several_numbers_have_a_table_with_a_head_for_each():
+    columns = SAMPLE_METRICS["lap_psnr"].columns
+    strategies = []
+    for seed, name in enumerate(("one", "two")):
+        values = np.random.default_rng(seed).normal(20, 1, (4, 2, len(columns)))
+        values[..., 1] = np.nan
+        rows = [{"name": c} | summarise(values[..., i]) for i, c in enumerate(columns)]
+        info = {"metrics": {"lap_psnr": {"columns": rows}}}
+        table = Table({"lap_psnr": values}, info)
+        strategies.append(Strategy(name, {}, None, [], table, {}, {}))
+    (scores,) = score_tables(strategies)
+    assert scores.heads == list(columns) and scores.caption.startswith("LAP_PSNR (dB)")
+    (differences,) = difference_tables(strategies, strategies[0])
+    ((name, cells),) = differences.rows
+    first, second = (s.table.values["lap_psnr"][..., 0] for s in strategies)
+    expected = plus_minus(summarise(second - first), "+").replace("-", "\N{MINUS SIGN}")
+    assert name == "two" and cells[0] == (expected, "n = 4") and cells[1] == ("-", "")
 
 
 def test_a_page_that_would_be_too_large_says_what_it_left_out(folders, caplog):

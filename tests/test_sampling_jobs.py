@@ -14,8 +14,9 @@ import pytest
 
 from helpers import ROOT, make_checkpoint, make_folder_dataset, run_script
 from improved_diffusion.data import paths
-from improved_diffusion.sampling import optimal_schedule, video_sampling
+from improved_diffusion.sampling import optimal_schedule
 from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
+from improved_diffusion.sampling.unfinished_video import UnfinishedVideo
 from test_video_sampling import assert_same_video, checkpoint, load, sample  # noqa: F401
 
 
@@ -45,7 +46,7 @@ def test_ranks_split_the_videos(checkpoint, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path):  # noqa: F811
+def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path, monkeypatch):  # noqa: F811
     whole = sample(checkpoint, indices=(0,), obs_length=1, eval_dir="whole")
     command = [
         sys.executable, str(ROOT / "scripts/video_sample.py"), str(checkpoint), "--inference_mode",
@@ -56,25 +57,20 @@ def test_a_killed_job_goes_on_at_its_inference_step(checkpoint, tmp_path):  # no
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 120
-    while not paths.partial_path(folder, 0, 0).exists():
+    while not paths.step_path(folder, 0, 0, 1).exists():
         assert time.time() < deadline and job.poll() is None, "no partial result appeared"
         time.sleep(0.005)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    stages = []
+    stages, original = [], UnfinishedVideo.observed_frames
 
-    class Counting(video_sampling.VideoSampler):
-        def sample(self, *args):
-            for stage, frames in super().sample(*args):
-                stages.append(stage)
-                yield stage, frames
+    def counting(self, step):
+        stages.append(step.stage)
+        return original(self, step)
 
-    video_sampling.VideoSampler, kept = Counting, video_sampling.VideoSampler
-    try:
-        eval_dir = sample(checkpoint, indices=(0,), obs_length=1, eval_dir="killed")
-    finally:
-        video_sampling.VideoSampler = kept
-    assert stages and stages[0] > 0, f"started again at stage {stages[:1]}"
+    monkeypatch.setattr(UnfinishedVideo, "observed_frames", counting)
+    eval_dir = sample(checkpoint, indices=(0,), obs_length=1, eval_dir="killed")
+    assert stages and stages[0] > 1, f"started again at stage {stages[:1]}"
     np.testing.assert_array_equal(load(eval_dir, 0), load(whole, 0))
     assert not (folder / "partial").exists()
 

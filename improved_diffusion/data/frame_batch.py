@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -33,6 +33,19 @@ def to_uint8(x: np.ndarray | Tensor) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("frames hold NaN or infinity: the weights or the sampler diverged")
     return np.clip(np.rint((array + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+class SymmetricView:
+    """uint8 videos seen as float32 in [-1, 1]; only the frames that are indexed are converted."""
+
+    def __init__(self, videos: np.ndarray):
+        self._videos, self.shape, self.ndim = videos, videos.shape, videos.ndim
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return to_symmetric(self._videos[index])
 
 
 @dataclass(frozen=True)

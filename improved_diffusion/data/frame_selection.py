@@ -5,11 +5,12 @@ Frames are indices from 0 to T-1; `done` ones exist: they were observed or sampl
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence, Set
 
 import numpy as np
+
+from improved_diffusion.data.frame_distances import FrameDistances
 
 
 def last_items(items: Sequence[int], count: int) -> list[int]:
@@ -50,46 +51,36 @@ def walk(undone: Sequence[int], start: int, stride: int, count: int) -> list[int
     return taken
 
 
-def farthest_points(
-    embeddings: dict[int, np.ndarray], start: Sequence[int], count: int
-) -> list[int]:
-    """Choose at most `count` frames that are far from each other; returns them sorted.
+def farthest_points(distances: FrameDistances, start: Sequence[int], count: int) -> list[int]:
+    """Choose at most `count` of the known frames that are far from each other; returns them sorted.
 
     Takes the frames of `start` in order, then again and again the frame whose distance to its
     nearest chosen one is largest, the lowest frame on ties.
-
-    Args:
-        embeddings: {frame: [d] float array} of all frames to choose from; distances are squared
-            Euclidean.
-        start: some of these frames.
     """
+    frames = distances.frames
+    nearest = np.full(len(frames), np.inf)
     chosen: list[int] = []
-    nearest = dict.fromkeys(sorted(embeddings), math.inf)
-    while len(chosen) < count and nearest:
+    while len(chosen) < min(count, len(frames)):
         is_start = len(chosen) < len(start)
-        frame = start[len(chosen)] if is_start else max(nearest, key=nearest.__getitem__)
-        chosen.append(frame)
-        del nearest[frame]
-        for other in nearest:
-            difference = embeddings[other] - embeddings[frame]
-            nearest[other] = min(nearest[other], float(np.dot(difference, difference)))
+        chosen.append(start[len(chosen)] if is_start else frames[int(nearest.argmax())])
+        nearest = np.minimum(nearest, distances.row(chosen[-1]))
+        nearest[np.searchsorted(frames, chosen)] = -np.inf
     return sorted(chosen)
 
 
-def moment_distances(embeddings: np.ndarray, window: int) -> np.ndarray:
+def moment_distances(distances: FrameDistances, window: int) -> np.ndarray:
     """How different each frame's moment looks from the last frame's, float64 [N].
 
     The moment of frame t is the `window` frames up to t, or as many as the video has; two of them differ
-    by the mean of the squared Euclidean distances of their frames, last with last and so on.
+    by the mean of the distances of their frames, last with last and so on.
 
     Args:
-        embeddings: [N, d] of frames 0 to N-1.
+        distances: those of the frames 0 to N-1.
     """
-    count = len(embeddings)
+    count = len(distances)
     total, frames = np.zeros(count), np.zeros(count)
     for back in range(min(window, count)):
-        difference = embeddings[: count - back] - embeddings[count - 1 - back]
-        total[back:] += np.einsum("nd,nd->n", difference, difference)
+        total[back:] += distances.row(count - 1 - back)[: count - back]
         frames[back:] += 1
     return total / frames
 

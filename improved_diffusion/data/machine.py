@@ -7,6 +7,7 @@ import ctypes
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,62 @@ def peak_memory_gb(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not do, on the GPU or, as far as the system says so, on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a failed computation leaves in the cache of the GPU's allocator."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What a process could still take on the device; None where the system does not say.
+
+    On the CPU, of the machine or of what the control groups (cgroup v2) of this process leave.
+    """
+    if device.type == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(lines["MemAvailable"].split()[0]) * 1024]
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+    except (OSError, KeyError, ValueError):
+        return None
+    root = Path("/sys/fs/cgroup")
+    for folder in (root / group, *(root / group).parents):
+        with contextlib.suppress(OSError, ValueError):  # no limit here, or not this kind of folder
+            limit = int((folder / "memory.max").read_text())
+            free.append(limit - int((folder / "memory.current").read_text()))
+    return max(0, min(free))
+
+
+def peak_memory_bytes(device: torch.device, work: Callable[[], object]) -> int | None:
+    """The most memory that the process holds on the device during `work`; None where nothing says."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        work()
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @functools.cache

@@ -45,10 +45,11 @@ BATCH_NORM_EPSILON = 1e-3
 
 def weights_dir() -> Path:
     """The folder of fetched weights: METRIC_WEIGHTS_DIR, or one in the user's cache folder."""
-    return Path(os.environ.get("METRIC_WEIGHTS_DIR") or _user_cache() / "improved_diffusion")
+    return Path(os.environ.get("METRIC_WEIGHTS_DIR") or user_cache() / "improved_diffusion")
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """The user's folder of things that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
@@ -66,7 +67,7 @@ def find_alexnet(path: str | os.PathLike[str] | None = None) -> Path:
 
     Raises FileNotFoundError that says where to put it and how to get it.
     """
-    torch_home = Path(os.environ.get("TORCH_HOME") or _user_cache() / "torch")
+    torch_home = Path(os.environ.get("TORCH_HOME") or user_cache() / "torch")
     checkpoints = torch_home / "hub" / "checkpoints"
     return _find("LPIPS", path, [weights_dir() / ALEXNET_FILE, checkpoints / ALEXNET_FILE])
 

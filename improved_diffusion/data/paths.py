@@ -31,13 +31,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that appears at `path` whole or not at all.
 
     Local files are written beside their final place, synced and renamed; remote ones are one
-    blob write. Parent folders are made. Nothing is left behind when the body raises; what a killed
-    process leaves behind, `remove_leftovers` removes. Raises OSError that names the path where it
-    cannot be written.
+    blob write. Without `sync`, which takes its time, a machine that loses power may lose a file's
+    content; a killed process does not. Parent folders are made. Nothing is left behind when the
+    body raises; what a killed process leaves behind, `remove_leftovers` removes. Raises OSError
+    that names the path where it cannot be written.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -47,8 +48,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with temporary_file(path) as (handle, temporary):
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
 
@@ -326,9 +328,20 @@ def record_path(eval_dir: Path, video: int, sample: int) -> Path:
     return eval_dir / "records" / f"{sample_name(video, sample)}.json"
 
 
-def partial_path(eval_dir: Path, video: int, sample: int) -> Path:
-    """What is kept of a video that is not finished yet."""
-    return eval_dir / "partial" / f"{sample_name(video, sample)}.npz"
+def partial_dir(eval_dir: Path, video: int, sample: int) -> Path:
+    """The folder of what is kept of a video that is not finished yet."""
+    return eval_dir / "partial" / sample_name(video, sample)
+
+
+def step_path(eval_dir: Path, video: int, sample: int, stage: int) -> Path:
+    """The file of one inference step of such a video."""
+    return partial_dir(eval_dir, video, sample) / f"step_{stage:04d}.npz"
+
+
+def parse_step_name(name: str) -> int | None:
+    """The inverse of the file's name in `step_path`; None for any other file."""
+    match = re.fullmatch(r"step_(\d+)\.npz", os.path.basename(name))
+    return None if match is None else int(match[1])
 
 
 def truth_path(eval_dir: Path, video: int) -> Path:

@@ -37,6 +37,13 @@ class RecallAutoregressive(AdaptiveAutoregressive):
             "last, which is kept unless another is that much nearer; 1: it counts like any other",
         )
 
+        recall_from: str = option(
+            "all",
+            "recall-autoreg: all moments, or only those that observed frames follow, which are real: "
+            "what was sampled wrong is not recalled, and what was never observed cannot be",
+            choices=("all", "observed"),
+        )
+
         def __post_init__(self) -> None:
             super().__post_init__()
             for item in fields(self):
@@ -52,6 +59,7 @@ class RecallAutoregressive(AdaptiveAutoregressive):
         super().__init__(*args, **kwargs)
         # For each video: the frame that was the last one, and the moments it recalled then.
         self._recalled: dict[int, tuple[int, list[int]]] = {}
+        self._real_frames = set(self.observed_from_data)
 
     @classmethod
     def folder_suffix(cls, options: Any) -> str:
@@ -66,14 +74,14 @@ class RecallAutoregressive(AdaptiveAutoregressive):
         recent = select.last_items(sorted(self._done_frames), self.options.recall_recent)
         return recent, self._places, self._next_block()
 
-    def _choose(
-        self, video: int, embeddings: dict[int, np.ndarray], start: list[int], places: int
-    ) -> list[int]:
-        done = np.stack([embeddings[frame] for frame in sorted(embeddings)])
-        now, options = len(done) - 1, self.options
-        distances = select.moment_distances(done, options.recall_window)
+    def _choose(self, video: int, start: list[int], places: int) -> list[int]:
+        frames, options = self._distances[video], self.options
+        now = len(frames) - 1
+        distances = select.moment_distances(frames, options.recall_window)
         then, followed = self._recalled.get(video, (now, []))
         distances[[moment + now - then for moment in followed]] *= options.recall_follow
+        if options.recall_from == "observed":
+            distances[[t for t in range(now + 1) if t + 1 not in self._real_frames]] = np.inf
         moments = select.similar_moments(distances, options.recall_gap, options.recall_moments)
         self._recalled[video] = now, moments
         return select.recalled_frames(moments, start, places)

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 # (observed, latent), each a list of frame indices; adaptive strategies: a list of those per video.
 Step = tuple[list[Any], list[Any]]
-# Frames [n, 3, H, W] in [-1, 1] -> [n, d], float arrays.
-Embed = Callable[[np.ndarray], np.ndarray]
+# Frames, an array [n, 3, H, W] of floats in [-1, 1] -> [n, d] floats, an array or a tensor on any device.
+Embed = Callable[[np.ndarray], Any]
 # A strategy may sample each frame again so often; beyond that it counts as stuck.
 MAX_REFINEMENTS = 1000
 MAKE_SCHEDULE = "make it with scripts/video_optimal_schedule.py"
@@ -80,7 +80,6 @@ class InferenceStrategyBase:
         self._obs_frames = list(range(num_obs))
         self._done_frames = set(self.observed_from_data)
         self._current_step = 0
-        self._steps_made: list[list[Step]] = []  # of each video; of all alike a list of one
         self._schedule_path = optimal_schedule_path
         self._schedule: dict[int, list[int]] | None = None
         if optimal_schedule_path is not None:
@@ -178,12 +177,7 @@ class InferenceStrategyBase:
             self._obs_frames = sorted(sampled)
         self._done_frames.update(sampled)
         self._current_step += 1
-        self._steps_made.append(steps)
         return ([s[0] for s in steps], [s[1] for s in steps]) if self.is_adaptive else steps[0]
-
-    def steps_made(self, video: int) -> list[Step]:
-        """The (observed, latent) frames of the steps so far; video: its place in the batch."""
-        return [steps[video if self.is_adaptive else 0] for steps in self._steps_made]
 
     def _first_latents(self) -> list[int]:
         """Frames of the first step when no frame at all is given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +12,11 @@ from improved_diffusion import dist_util
 from improved_diffusion.data import paths
 from improved_diffusion.evaluation import metric_tables, wandb_log
 from improved_diffusion.evaluation.cache import Cache
+from improved_diffusion.evaluation.comparison import (
+    Difference,
+    find_differences,
+    format_differences,
+)
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
@@ -22,10 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tables written, and why metrics are missing in them: {metric: message}."""
+    """Tables written, why metrics are missing in them: {metric: message}, and how they differ.
+
+    differences: of every further directory from the first; none until all tables are written.
+    """
 
     tables: list[Path]
     failures: dict[str, str]
+    differences: list[Difference] = field(default_factory=list)
 
     def raise_failures(self) -> None:
         """Raise ValueError, in one line, where a metric could not be computed."""
@@ -59,13 +68,19 @@ def evaluate(config: EvalConfig) -> Outcome:
         for scored in sets:
             scored.eval_dir.clean_up()
     outcome = Outcome([], failures)
+    done: dict[Path, Measurements] = {}
     for folder, scored in zip(folders, sets, strict=True):
         others = [other for other in folders if other != folder]
         cache = Cache([paths.metrics_cache_dir(each) for each in (folder, *others)])
         measured = Measurements(scored, metrics, cache, floor=config.floor)
         if _score(measured, config.batch_size) and scored.path.exists():
             outcome.tables.append(scored.path)
+            done[folder] = measured
         outcome.failures.update(measured.failures)
+    if dist_util.is_main() and len(done) == len(folders):
+        names = metric_tables.short_names(folders)
+        measurements = dict(zip(names, done.values(), strict=True))
+        outcome.differences.extend(find_differences(measurements))
     return outcome
 
 
@@ -128,6 +143,8 @@ def run(config: EvalConfig) -> None:
         infos = dict(zip(names, map(metric_tables.read_info, outcome.tables), strict=True))
         metric_tables.check_comparable(infos, allow=config.allow_differences)
         print(metric_tables.format_tables(infos))
+        if outcome.differences:
+            print(format_differences(outcome.differences))
         if config.log_to_wandb:
             wandb_log.log_to_wandb(outcome.tables)
     outcome.raise_failures()

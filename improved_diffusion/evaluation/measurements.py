@@ -6,14 +6,16 @@ features of each video, and each distance between sets of features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from improved_diffusion.data.machine import default_device
-from improved_diffusion.evaluation.cache import Cache, cache_name
+from improved_diffusion.evaluation.cache import Cache, TruthCache, cache_name
+from improved_diffusion.evaluation.intervals import HALVES, Interval, half_sample_interval
 from improved_diffusion.evaluation.metrics import Measure
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import Clip, ScoredSet
@@ -28,6 +30,11 @@ from improved_diffusion.registry import (
 METRIC_ERRORS = (ValueError, FileNotFoundError)
 # The only extractor before there was a choice: tables and caches do not name it.
 FIRST_FEATURES = "i3d"
+# To be raised when an extractor comes to compute something else: other runs' features are then not taken.
+FEATURES_VERSION = 1
+
+# A number of the videos chosen by their positions, int64 [m].
+Statistic = Callable[[np.ndarray], float]
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -110,7 +117,7 @@ class Measurements:
     def __init__(
         self, scored: ScoredSet, metrics: dict[str, Prepared], cache: Cache, *, floor: bool
     ) -> None:
-        self.scored, self.cache = scored, cache
+        self.scored, self.cache, self.truth_cache = scored, cache, TruthCache()
         self.metrics = dict(metrics)
         self.failures: dict[str, str] = {}
         self.floor_clips = scored.floor_clips if floor else []
@@ -130,11 +137,11 @@ class Measurements:
         """Compute what the cache lacks of the video at `position` of the list."""
         truth, *others = self.clips(position)
         true_frames = truth.frames()
-        self._keep_features(truth, true_frames)
+        self._keep_features(truth, true_frames, true=True)
         samples = self.scored.sample_clips[position]
         for clip in others:
             frames = clip.frames()
-            self._keep_features(clip, frames)
+            self._keep_features(clip, frames, true=clip not in samples)
             if clip in samples:
                 self._keep_values(clip, frames, position, true_frames)
 
@@ -157,21 +164,23 @@ class Measurements:
                 positions.append(position)
         return positions
 
-    def values(self, name: str, settings: dict[str, Any]) -> np.ndarray | None:
+    def values(self, name: str, settings: dict[str, Any], *, kind: str = "") -> np.ndarray | None:
         """One metric's array, computed with `settings`; None where the cache lacks some of it.
 
         [videos, samples, predicted frames or columns], or [samples] of a metric of whole videos,
-        which is computed from the features if it is asked for.
+        which is computed from the features if it is asked for. kind: which of the three it is, "frames",
+        "columns" or "videos", where it is not registered here.
         """
-        scored = self.scored
-        if name in VIDEO_METRICS:
+        scored, kind = self.scored, kind or _kind(name)
+        if kind == "videos":
             sets = zip(*scored.sample_clips, strict=True)
             found = [self.distance(name, settings, s, scored.truth_clips) for s in sets]
             return None if None in found else np.array(found, dtype=np.float64)
         rows = []
         for position, samples in enumerate(scored.sample_clips):
             for clip in samples:
-                row = self.cache.load(self._values_name(name, settings, clip, position))
+                file = self._values_name(f"{clip.label}_{name}", settings, clip, position, kind)
+                row = self.cache.load(file)
                 if row is None:
                     return None
                 rows.append(row)
@@ -181,10 +190,7 @@ class Measurements:
         self, name: str, settings: dict[str, Any], samples: Sequence[Clip], truth: Sequence[Clip]
     ) -> float | None:
         """A metric of whole videos between two sets of them; None where the cache lacks it."""
-        sets = [
-            [cache_name(f"{clip.label}_features", clip.digest, settings) for clip in clips]
-            for clips in (samples, truth)
-        ]
+        sets = [_names(clips, settings) for clips in (samples, truth)]
         file = cache_name(f"distance_{name}", sets, settings)
         ready = self.metrics.get(name)
         if ready is not None and ready.settings == settings:
@@ -195,6 +201,60 @@ class Measurements:
         value = self.cache.load(file)
         return None if value is None else float(value)
 
+    def interval(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        sets: Sequence[Sequence[Clip]],
+        truth: Sequence[Clip],
+    ) -> Interval | None:
+        """That of the mean distance of `sets` of videos from `truth`, of which videos there are.
+
+        Video i of each set and of the truth belong together. None for few videos, and where the
+        cache lacks it.
+        """
+        names = [_names(clips, settings) for clips in (*sets, truth)]
+        return self.kept_interval(
+            cache_name(f"interval_{name}", names, settings, HALVES),
+            lambda: self.statistic(name, settings, sets, truth),
+            len(truth),
+        )
+
+    def kept_interval(
+        self, file: str, make: Callable[[], Statistic | None], n: int
+    ) -> Interval | None:
+        """The interval in the cache, or else of the statistic that `make` returns, if it does."""
+        kept = self.cache.load(file)
+        if kept is None:
+            statistic = make()
+            found = None if statistic is None else half_sample_interval(statistic, n)
+            if found is None:
+                return None
+            kept = np.array(dataclasses.astuple(found))
+            self.cache.save(file, kept)
+        return Interval(*map(float, kept))
+
+    def statistic(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        sets: Sequence[Sequence[Clip]],
+        truth: Sequence[Clip],
+    ) -> Statistic | None:
+        """The mean distance of `sets` of videos from `truth`, as a function of which of them count.
+
+        None where it cannot be computed.
+        """
+        ready = self.metrics.get(name)
+        if ready is None or ready.settings != settings:
+            return None
+        found = [self._features(ready, clips) for clips in (*sets, truth)]
+        *samples, real = (features for features in found if features is not None)
+        if len(samples) < len(sets):
+            return None
+        compute = ready.measure.compute
+        return lambda chosen: float(np.mean([compute(s[chosen], real[chosen]) for s in samples]))
+
     # ------------------------------------------------------------ the cache
 
     def _extractors(self) -> list[Prepared]:
@@ -204,22 +264,30 @@ class Measurements:
         }
         return list(found.values())
 
-    def _keep_features(self, clip: Clip, frames: np.ndarray) -> None:
+    def _keep_features(self, clip: Clip, frames: np.ndarray, *, true: bool) -> None:
+        """`true`: whether these are frames of the data set alone, which other runs may know."""
         for features in self._extractors():
             names = [name for name, ready in self.metrics.items() if ready.features is features]
-            self._fill(names, self._features_name(features, clip), features.measure, frames)
+            file = self._features_name(features, clip)
+            known = cache_name(features.name, clip.digest, features.settings, FEATURES_VERSION)
+            shared = true and features.measure.shared
+            if shared:
+                _copy(self.truth_cache, known, self.cache, file)
+            self._fill(names, file, features.measure, frames)
+            if shared:
+                _copy(self.cache, file, self.truth_cache, known)
 
     def _keep_values(
         self, clip: Clip, frames: np.ndarray, position: int, true_frames: np.ndarray
     ) -> None:
         predicted = self.scored.predicted
-        of_frames = frames[predicted], true_frames[predicted]
+        of_frames = [_chosen(each, predicted) for each in (frames, true_frames)]
         for ready in [ready for ready in self.metrics.values() if ready.features is None]:
-            file = self._values_name(ready.name, ready.settings, clip, position)
-            of_sample = ready.name in SAMPLE_METRICS
-            given = (
-                (frames, self.scored.true_video(position, true_frames)) if of_sample else of_frames
-            )
+            label, kind = f"{clip.label}_{ready.name}", _kind(ready.name)
+            file = self._values_name(label, ready.settings, clip, position, kind)
+            given: Sequence[Any] = of_frames
+            if kind == "columns":
+                given = frames, self.scored.true_video(position, true_frames)
             self._fill([ready.name], file, ready.measure, *given)
 
     def _fill(self, names: list[str], file: str, measure: Any, *given: Any) -> None:
@@ -243,9 +311,36 @@ class Measurements:
     def _features_name(self, features: Prepared, clip: Clip) -> str:
         return cache_name(f"{clip.label}_{features.label}", clip.digest, features.settings)
 
-    def _values_name(self, name: str, settings: dict[str, Any], clip: Clip, position: int) -> str:
+    def _values_name(
+        self, label: str, settings: dict[str, Any], clip: Clip, position: int, kind: str
+    ) -> str:
         scored, truth = self.scored, self.scored.truth_clips[position]
         key = [clip.digest, truth.digest, scored.predicted.tolist(), settings]
-        if name in SAMPLE_METRICS:
+        if kind == "columns":
             key += [scored.test_set.name, scored.periods[position]]
-        return cache_name(f"{clip.label}_{name}", *key)
+        return cache_name(label, *key)
+
+
+def _kind(name: str) -> str:
+    """What a registered metric is of: "frames", "columns" (some numbers of a sample) or "videos"."""
+    if name in VIDEO_METRICS:
+        return "videos"
+    return "columns" if name in SAMPLE_METRICS else "frames"
+
+
+def _names(clips: Sequence[Clip], settings: dict[str, Any]) -> list[str]:
+    """What tells a set of videos, and the settings of a distance, from others in the cache."""
+    return [cache_name(f"{clip.label}_features", clip.digest, settings) for clip in clips]
+
+
+def _copy(source: Cache, name: str, target: Cache, new_name: str) -> None:
+    """Keep a result of `source`, if it has it, in `target` too."""
+    values = source.load(name)
+    if values is not None and target.load(new_name) is None:
+        target.save(new_name, values)
+
+
+def _chosen(frames: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Frames by sorted indices; without a copy where they are neighbours."""
+    first, last = int(indices[0]), int(indices[-1])
+    return frames[first : last + 1] if last - first + 1 == len(indices) else frames[indices]

@@ -191,16 +191,28 @@ def format_tables(infos: Mapping[str, Mapping[str, Any]]) -> str:
     header = (
         f"{'metric':{label_width}} {'videos':>6} {'samples':>7} {'mean':>10} {'std. error':>11}"
     )
-    lines = [f"{'':{width}}{header} {'infinite':>9}"]
+    intervals = "  95 % interval" if any("interval" in row for *_, row in rows) else ""
+    lines = [f"{'':{width}}{header} {'infinite':>9}{intervals}"]
     for name, label, samples, row in rows:
         numbers = f"{_number(row['mean']):>10} {_number(row['standard_error']):>11}"
         lines.append(
             f"{name if width else '':{width}}{label:{label_width}} {row['n']:6d} {samples:7d} "
-            f"{numbers} {row['infinite']:9d}"
+            f"{numbers} {row['infinite']:9d} {_range(row)}".rstrip()
         )
     metrics = [item for info in infos.values() for item in info["metrics"].items()]
     notes = [note for mode, row in metrics for note in how_computed(mode, row)]
+    notes += [
+        f"{name} {label} of half as many videos: {_number(row['interval']['at_half'])} on average"
+        for name, label, _, row in rows
+        if "interval" in row
+    ]
     return "\n".join(lines + list(dict.fromkeys(notes)))
+
+
+def _range(row: Mapping[str, Any], key: str = "interval") -> str:
+    """The 95 % interval of a row, with a space before it; empty where it has none."""
+    found = row.get(key)
+    return f" [{_number(found['low'])}, {_number(found['high'])}]" if found else ""
 
 
 def labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -215,11 +227,15 @@ def labelled_rows(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 def plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
     """A summary's mean and standard error, this with two digits and both to the same place.
 
-    sign: "+" to show it of positive numbers, too. "-" where there is no mean.
+    Of a distance between sets of videos that has one, the 95 % interval stands in the place of the
+    error: "592.7 [480.3, 705.1]". sign: "+" to show it of positive numbers, too. "-" where there is no mean.
     """
     mean, error = row["mean"], row["standard_error"]
     if mean is None:
         return "-"
+    if "interval" in row:
+        low, high = (row["interval"][end] for end in ("low", "high"))
+        return f"{mean:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
     if not error:
         return f"{mean:{sign}.4g}"
     places = max(0, 1 - int(np.floor(np.log10(error))))
@@ -237,11 +253,12 @@ def how_computed(mode: str, row: Mapping[str, Any]) -> Iterator[str]:
     if "floor" in row:
         floor = row["floor"]
         yield (
-            f"{mode} real against real: {_number(floor['value'])} between {floor['n']} true videos "
-            f"and {floor['n']} of the {floor['partition']} partition"
+            f"{mode} real against real: {_number(floor['value'])}{_range(floor)} between "
+            f"{floor['n']} true videos and {floor['n']} of the {floor['partition']} partition"
         )
         if "shared" in floor:
             yield (
-                f"{mode} real against real, observed frames shared: {_number(floor['shared'])} "
-                "between the same, which begin alike, as samples and their truth do"
+                f"{mode} real against real, observed frames shared: {_number(floor['shared'])}"
+                f"{_range(floor, 'shared_interval')} between the same, which begin alike, as samples "
+                "and their truth do"
             )

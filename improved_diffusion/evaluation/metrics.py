@@ -8,6 +8,7 @@ imported by the function that needs them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from abc import ABC, abstractmethod
@@ -16,12 +17,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from improved_diffusion.config import NoOptions, option
+from improved_diffusion.config import NoOptions, check_choices, option
 from improved_diffusion.data.metric_weights import find_alexnet, sha256
 from improved_diffusion.frechet_video_distance import frechet_distance, kernel_distance
 
-# Frames that the LPIPS network sees at once: bounds its memory, changes no value.
+# Frames that the LPIPS network sees at once, and that PSNR holds in float64: they bound the memory
+# and change no value.
 LPIPS_CHUNK = 64
+PSNR_CHUNK = 64
+PRECISIONS = ("fp32", "bf16")
 
 
 # ---------------------------------------------------------------- what metrics are
@@ -36,6 +40,8 @@ class Measure:
     """
 
     unit: ClassVar[str] = ""
+    # Which of two values is better; None: neither is ever called so.
+    higher_is_better: ClassVar[bool | None] = None
 
     # A frozen dataclass of fields made by `config.option`, each a flag of that name.
     Options: ClassVar[type] = NoOptions
@@ -91,6 +97,10 @@ class SampleMetric(Measure, ABC):
 class FeatureExtractor(Measure, ABC):
     """Features of one video, from which metrics of whole videos are computed."""
 
+    # Whether `settings` name all that computes, networks by their hash. Then the features of true
+    # videos are kept for all runs and strategies (`cache.truth_cache_dir`).
+    shared: ClassVar[bool] = False
+
     @property
     def backend(self) -> str:
         """The library that computes; FVD is left to the same one, as published numbers are."""
@@ -132,6 +142,7 @@ class Psnr(FrameMetric):
     """Peak signal-to-noise ratio of each frame."""
 
     unit = "dB"
+    higher_is_better = True
 
     def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
         return psnr(samples, truth)
@@ -139,6 +150,8 @@ class Psnr(FrameMetric):
 
 class Ssim(FrameMetric):
     """Structural similarity of each frame."""
+
+    higher_is_better = True
 
     @dataclass(frozen=True)
     class Options:
@@ -163,20 +176,46 @@ class Ssim(FrameMetric):
 class Lpips(FrameMetric):
     """LPIPS (AlexNet, version 0.1) of each frame."""
 
+    higher_is_better = False
+
     @dataclass(frozen=True)
     class Options:
-        """The weights of the backbone."""
+        """The weights of the backbone, and the arithmetic of the network."""
 
         lpips_weights: str | None = option(
             None, "AlexNet file of LPIPS (default: what fetch_metric_weights.py stored)"
         )
+        lpips_precision: str = option(
+            "fp32", "arithmetic of LPIPS; bf16 is said beside the number", choices=PRECISIONS
+        )
+
+        def __post_init__(self) -> None:
+            check_choices(self)
 
     def settings(self) -> dict[str, Any]:
-        return {"weights_sha256": sha256(find_alexnet(self.options.lpips_weights))}
+        weights = {"weights_sha256": sha256(find_alexnet(self.options.lpips_weights))}
+        return weights | said_precision(self.options.lpips_precision)
 
     def compute(self, samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
         weights = self.options.lpips_weights
-        return lpips(samples, truth, device=self.device, weights=weights)
+        with arithmetic(self.options.lpips_precision, self.device):
+            return lpips(samples, truth, device=self.device, weights=weights)
+
+
+def said_precision(precision: str) -> dict[str, str]:
+    """The setting that tells of another arithmetic than float32, of which nothing is said."""
+    return {} if precision == "fp32" else {"precision": precision}
+
+
+def arithmetic(precision: str, device: str) -> contextlib.AbstractContextManager:
+    """The context in which the networks of metrics compute: "fp32" or "bf16"."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    import torch
+
+    from improved_diffusion.fp16_util import autocast
+
+    return autocast(torch.device(device), precision=precision, use_fp16=False)
 
 
 def psnr(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -185,7 +224,15 @@ def psnr(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
     A frame with a channel equal to the truth's is inf. Raises ValueError for arrays that are not
     uint8 [n, 3, H, W] of one shape.
     """
-    samples, truth = _unit_range(samples, truth)
+    _check(samples, truth)
+    values = [
+        _psnr(samples[i : i + PSNR_CHUNK] / 255.0, truth[i : i + PSNR_CHUNK] / 255.0)
+        for i in range(0, len(samples), PSNR_CHUNK)
+    ]
+    return np.concatenate([np.empty(0), *values])
+
+
+def _psnr(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
     mean_squared_error = ((samples - truth) ** 2).mean(axis=(2, 3))
     with np.errstate(divide="ignore"):
         return (-10 * np.log10(mean_squared_error)).mean(axis=1)
@@ -200,9 +247,9 @@ def ssim(samples: np.ndarray, truth: np.ndarray, *, data_range: float = 1.0) -> 
     """
     from skimage.metrics import structural_similarity
 
-    samples, truth = _unit_range(samples, truth)
+    _check(samples, truth)
     values = [
-        structural_similarity(sample, target, channel_axis=0, data_range=data_range)
+        structural_similarity(sample / 255.0, target / 255.0, channel_axis=0, data_range=data_range)
         for sample, target in zip(samples, truth, strict=True)
     ]
     return np.array(values, dtype=np.float64)
@@ -251,17 +298,13 @@ def _check(samples: np.ndarray, truth: np.ndarray) -> None:
         )
 
 
-def _unit_range(samples: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 in [0, 1], once they are checked."""
-    _check(samples, truth)
-    return samples / 255.0, truth / 255.0
-
-
 # ---------------------------------------------------------------- of whole videos
 
 
 class Fvd(VideoMetric):
     """Fréchet distance between the sets, by the library that computed the features."""
+
+    higher_is_better = False
 
     def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
         backend = self.extractor.backend if self.extractor else "torch"
@@ -270,6 +313,8 @@ class Fvd(VideoMetric):
 
 class Kvd(VideoMetric):
     """Kernel distance between the sets (unbiased squared maximum mean discrepancy)."""
+
+    higher_is_better = False
 
     def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
         return kernel_distance(samples, truth)

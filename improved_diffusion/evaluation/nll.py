@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import paths
-from improved_diffusion.data.frame_batch import FrameBatch
+from improved_diffusion.data.frame_batch import FrameBatch, SymmetricView
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.evaluation.metric_tables import load_elbo, mean_and_error
@@ -29,9 +29,9 @@ from improved_diffusion.evaluation.options import NllConfig
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE
 from improved_diffusion.sampling.plan import OneClip, Task, chosen_batches, own_jobs
 from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
-from improved_diffusion.sampling.video_sampler import SymmetricView
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int])
     bound = StepBound(
         task.model.denoiser(options.timestep_respacing),
         seed=options.seed,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         device=task.model.device,
     )
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):

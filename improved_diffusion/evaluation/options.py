@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from improved_diffusion.config import (
@@ -58,12 +59,16 @@ class EvalConfig:
     cache_dir: str | None = option(None, "copy true videos here on first use, and read them here")
     device: str = option("", "torch device (default: cuda if there is one)")
     batch_size: int = option(8, "videos per array task (SLURM_ARRAY_TASK_ID)")
-    features: str = option("i3d", "what FVD and KVD are computed from", choices=FEATURES)
+    features: str = option(
+        "i3d",
+        "what FVD, KVD and other distances are computed from; a file's name is one of one's own",
+        names_of=FEATURES,
+    )
     metric_options: Any = owned_options(METRICS)
     feature_options: Any = owned_options(FEATURES)
     floor: bool = option(
         False,
-        "also FVD and KVD of real videos against real ones, those of the other partition (of the same "
+        "also distances of real videos against real ones, those of the other partition (of the same "
         "n), as they are and with the observed frames shared, as samples share them",
         flag=True,
     )
@@ -77,6 +82,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         fill_options(self)
+        if self.features not in FEATURES:
+            self._take_feature_file(self.features)
         if self.dataset_partition is not None:
             check_known("dataset_partition", [self.dataset_partition], ("test", "train"))
         check_positive(self, "num_samples", "T", "batch_size")
@@ -84,6 +91,21 @@ class EvalConfig:
             raise ValueError(
                 f"--floor goes with --modes {' or '.join(VIDEO_METRICS)}: add one of them"
             )
+
+    def _take_feature_file(self, name: str) -> None:
+        """`--features FILE` is the extractor "file" with that file. Raises ValueError for no file."""
+        if not Path(name).is_file():
+            raise ValueError(
+                f"--features {name!r} is unknown: choose from {', '.join(FEATURES)}, or name a "
+                "TorchScript or torch.export file that is there"
+            )
+        chosen = FEATURES["file"].Options
+        filled = (
+            replace(options, feature_file=name) if isinstance(options, chosen) else options
+            for options in self.feature_options
+        )
+        object.__setattr__(self, "features", "file")
+        object.__setattr__(self, "feature_options", tuple(filled))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from improved_diffusion.data.file_lock import file_lock
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import cache_name
+from improved_diffusion.evaluation.intervals import LEVEL, Interval
 from improved_diffusion.evaluation.measurements import Measurements
 from improved_diffusion.evaluation.options import METRICS
 from improved_diffusion.registry import SAMPLE_METRICS, VIDEO_METRICS
@@ -38,9 +39,29 @@ def write_table(measured: Measurements) -> bool:
             name: _row(measured, name, values, settings[name], before.get(name, {}))
             for name, values in table.items()
         }
+        foreign = _foreign(measured, before)
+        table, rows = table | foreign, rows | {name: before[name] for name in foreign}
         if table or path.exists():
             metric_tables.write_table(path, table, measured.scored.info() | {"metrics": rows})
     return True
+
+
+def _foreign(measured: Measurements, before: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The metrics of the table that this process does not know: they stay as they stand.
+
+    As others do, as long as they belong to the videos as they are now: the cache tells.
+    """
+    names = [name for name in before if name not in METRICS]
+    arrays = metric_tables.read_table(measured.scored.path) if names else {}
+    kept = {}
+    for name in names:
+        if name not in arrays:
+            continue
+        of_sample = "columns" if "columns" in before[name] else "frames"
+        kind = "videos" if arrays[name].ndim == 1 else of_sample
+        if measured.values(name, before[name].get("settings", {}), kind=kind) is not None:
+            kept[name] = arrays[name]
+    return kept
 
 
 def _row(
@@ -62,6 +83,9 @@ def _row(
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)
     row = {"n": len(measured.scored.videos), "mean": mean, "standard_error": error}
+    scored = measured.scored
+    sets = [list(clips) for clips in zip(*scored.sample_clips, strict=True)]
+    row |= _interval(measured.interval(name, settings, sets, scored.truth_clips))
     truth = cache_name("truth", [clip.digest for clip in measured.scored.truth_clips])
     floor = _floor(measured, name, settings, truth)
     if floor is None and before.get("settings") == settings:
@@ -86,8 +110,19 @@ def _floor(
     if value is None:
         return None
     floor = {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
+    floor |= _interval(measured.interval(name, settings, [real], measured.floor_clips))
     if measured.shared_floor_clips:
         shared = measured.distance(name, settings, real, measured.shared_floor_clips)
         if shared is not None:
             floor["shared"] = shared
+        found = measured.interval(name, settings, [real], measured.shared_floor_clips)
+        floor |= _interval(found, "shared_interval")
     return floor
+
+
+def _interval(found: Interval | None, key: str = "interval") -> dict[str, Any]:
+    """What a row says of an interval; nothing where there is none."""
+    if found is None:
+        return {}
+    said = {"level": LEVEL, "low": found.low, "high": found.high, "at_half": found.at_half}
+    return {key: said}

@@ -99,7 +99,8 @@ def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 100
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """`x` as autocast gives it to layers: rounded once here, where many layers read it."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    known = torch.amp.is_autocast_available(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if known and torch.is_autocast_enabled(kind) else x
 
 
 def ema_decay(rate: float, step: int, *, warmup: bool) -> float:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from improved_diffusion.data.machine import code_version
-from improved_diffusion.data.strategy_base import Step
+from improved_diffusion.data.step_order import OrderedStep
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.sampling.plan import Job, OneClip, Task
-from improved_diffusion.sampling.results import EvalDir, Partial, content_digest
+from improved_diffusion.sampling.results import EvalDir, KeptStep, content_digest
+from improved_diffusion.sampling.unfinished_video import Kept, UnfinishedVideo
 
 logger = logging.getLogger(__name__)
 
@@ -29,63 +28,78 @@ class Keeper:
 
     def __init__(self, task: Task, source: VideoTestSet | OneClip, eval_dir: EvalDir) -> None:
         self.task, self.source, self.eval_dir = task, source, eval_dir
-        self._observed = task.plan.strategy().observed_from_data
         self._claimed = False
-        self._due = time.perf_counter()
+        self._has_room = True
         self._truth = functools.cache(self._hash_truth)
+        self._observed_sha256: dict[Job, str] = {}  # of the videos in work
 
-    def load(self, job: Job) -> Partial | None:
-        """What is kept of an unfinished video; None where there is nothing to go on with.
+    def open(self, job: Job) -> UnfinishedVideo:
+        """A video to go on with where an earlier run left it, or to begin.
 
         Raises ValueError where other samples of the video were made of another true video.
         """
         self._check_truth(job.video)
-        partial = self.eval_dir.load_partial(*job)
-        if partial is None:
-            return None
-        shape = self.task.shape
-        fits = partial.frames.shape == shape and partial.made.shape == shape[:1]
-        if fits:
-            data = self.source.read(job.video, self._observed)
-            fits = np.array_equal(partial.frames[self._observed], data)
-        if not fits:
-            logger.warning("%s: what is kept of %s does not fit: from its start", *self._named(job))
-            self.eval_dir.drop_partial(*job)
-            return None
-        return partial
+        plan = self.task.plan
+        observed = self.source.read(job.video, plan.observed_from_data)
+        self._observed_sha256[job] = content_digest(observed)
+        return UnfinishedVideo(job, plan, observed, self._kept_steps(job))
 
-    def keep(self, partials: Mapping[Job, Partial]) -> None:
-        """Write unfinished videos, as often as costs no more than a twentieth of the time.
+    def _kept_steps(self, job: Job) -> Kept:
+        """What is kept of a video's steps; where one does not fit, none of those after it."""
+        stages = self.eval_dir.kept_stages(*job)
 
-        A disk that has no room for them costs nothing but what would have to be made again.
+        def kept(step: OrderedStep) -> np.ndarray | None:
+            if step.stage not in stages:
+                return None
+            found = self.eval_dir.load_step(*job, step.stage)
+            if found is None:  # damaged, or another run has just finished the video
+                return None
+            shape = len(step.latent), *self.task.shape[1:]
+            fits = list(found.latent) == step.latent and found.frames.shape == shape
+            if fits and found.observed_sha256 == self._observed_sha256[job]:
+                return found.frames
+            words = "%s: what is kept of video %d sample %d does not fit: from inference step %d on"
+            logger.warning(words, self.eval_dir.path, *job, step.stage)
+            self.eval_dir.drop_steps(*job)
+            stages.clear()
+            return None
+
+        return kept
+
+    def keep(self, video: UnfinishedVideo, step: OrderedStep) -> None:
+        """Write an inference step that has just been made.
+
+        A disk that has no room for it costs nothing but what would have to be made again.
         """
-        began = time.perf_counter()
-        if began < self._due:
-            return
+        frames, digest = video.frames[step.latent], self._observed_sha256[video.job]
         try:
             with self._first_file():
-                for job, partial in partials.items():
-                    self.eval_dir.save_partial(*job, partial)
+                kept = KeptStep(np.array(step.latent), frames, digest)
+                self.eval_dir.save_step(*video.job, step.stage, kept)
         except OSError as error:
-            logger.warning("unfinished videos are not kept: %s", error)
-        ended = time.perf_counter()
-        self._due = ended + 20 * (ended - began)
+            if self._has_room:
+                logger.warning("unfinished videos are not kept: %s", error)
+            self._has_room = False
 
-    def finish(
-        self, job: Job, video: np.ndarray, schedule: Sequence[Step], seconds: float | None
-    ) -> None:
-        """Write a finished video, uint8 [T, 3, H, W], what its truth is, and how it was made.
+    def finish(self, video: UnfinishedVideo) -> None:
+        """Write a finished video, what its truth is, and how it was made.
 
-        seconds: None where not all of it was made in this run.
+        Raises ValueError where a frame of it was never made.
         """
+        frames, job = video.whole(), video.job
         with self._first_file():
             truth = self._truth(job.video)
             if truth is not None:
                 self.eval_dir.save_truth(job.video, truth)
-            record = {"schedule": schedule, "seconds": seconds, "version": code_version()}
+            record = {
+                "schedule": video.schedule,
+                "seconds": video.seconds,
+                "version": code_version(),
+            }
             self.eval_dir.save_record(*job, record)
-            self.eval_dir.save_sample(*job, video)
-        self.eval_dir.drop_partial(*job)
+            self.eval_dir.save_sample(*job, frames)
+        self.eval_dir.drop_steps(*job)
+        del self._observed_sha256[job]
 
     @contextlib.contextmanager
     def _first_file(self) -> Any:
@@ -113,6 +127,3 @@ class Keeper:
                 f"{self.task.dataset} has now: choose another folder with --eval_dir, or restore the "
                 "data set"
             )
-
-    def _named(self, job: Job) -> tuple[Any, str]:
-        return self.eval_dir.path, f"video {job.video} sample {job.sample}"

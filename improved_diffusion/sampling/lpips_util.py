@@ -93,6 +93,21 @@ def lpips_embedding(
         return torch.cat(parts, dim=1).cpu().numpy()
 
 
+def last_features(
+    frames: Any, *, weights: str | os.PathLike[str] | None = None, device: str = "cpu"
+) -> np.ndarray:
+    """AlexNet's last convolution, averaged over pixels: [n, 3, H, W] in [-1, 1] -> float32 [n, 256].
+
+    Raises as `lpips_distance`.
+    """
+    import torch
+
+    network = load_lpips(weights, device)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        *_, last = network.net(network.scaling_layer(_frames(frames, device)))
+        return last.mean(dim=(2, 3)).cpu().numpy()
+
+
 def _frames(frames: Any, device: str) -> Tensor:
     import torch
 

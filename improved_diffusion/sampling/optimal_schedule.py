@@ -23,7 +23,7 @@ from improved_diffusion.data.video_datasets import choose_videos
 from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.losses import masked_mean
 from improved_diffusion.sampling.denoiser import Denoiser
-from improved_diffusion.sampling.options import SampleConfig, ScheduleConfig
+from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE, SampleConfig, ScheduleConfig
 from improved_diffusion.sampling.plan import Task, evaluation_dir
 from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
 
@@ -209,7 +209,7 @@ def _denoising_error(task: Task, search: ScheduleConfig) -> DenoisingError:
         task.model.denoiser(clip_denoised=False),
         np.stack([train_set.read(index, range(task.plan.T)) for index in chosen]),
         num_timesteps=search.num_timesteps,
-        batch_size=task.options.batch_size,
+        batch_size=task.options.batch_size or DEFAULT_BATCH_SIZE,
         seed=task.options.seed,
         device=task.model.device,
     )

@@ -15,6 +15,8 @@ from improved_diffusion.config import (
 )
 from improved_diffusion.registry import GUIDANCE_REFERENCES, SAMPLERS, SPACINGS, STRATEGIES
 
+DEFAULT_BATCH_SIZE = 8
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -32,7 +34,12 @@ class SampleConfig:
     num_samples: int = option(1, "samples per test video")
     T: int | None = option(None, "length of the videos (default: the data set's)")
     subset_size: int | None = option(None, "use the first so many videos of one fixed permutation")
-    batch_size: int = option(8, "videos sampled at once")
+    batch_size: int | None = option(
+        DEFAULT_BATCH_SIZE,
+        "trajectories (inference steps, of several videos or of one) sampled at once, and videos per "
+        "array task; auto: as many as fit the memory",
+        word_for_none="auto",
+    )
     eval_dir: str | None = option(
         None, "replaces results/<run>/<checkpoint> (default: from the path)"
     )
@@ -177,6 +184,9 @@ class SearchedConfig(SampleConfig):
     sampler: str = option("", _NAMES_THE_FOLDER, choices=SAMPLERS)
     eta: float = option(0.0, _NAMES_THE_FOLDER)
     timestep_respacing: str = option("", _NAMES_THE_FOLDER)
+    batch_size: int = option(
+        DEFAULT_BATCH_SIZE, "pairs of a video and a timestep in one network call"
+    )
     spacing: str = option("time", _NAMES_THE_FOLDER, choices=SPACINGS)
     guidance: float = option(1.0, _NAMES_THE_FOLDER)
     guidance_against: str = option("nothing", _NAMES_THE_FOLDER, names_of=GUIDANCE_REFERENCES)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, from_options
 from improved_diffusion.data import machine, paths
 from improved_diffusion.data.dataset_specs import FrameRate
+from improved_diffusion.data.frame_batch import SymmetricView
 from improved_diffusion.data.metric_weights import sha256
+from improved_diffusion.data.step_order import OrderedStep, ordered_steps, rounds_of
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
 from improved_diffusion.data.video_io import OpenVideo, centre_crop_resize, open_video, subsample
 from improved_diffusion.fp16_util import resolve_precision
@@ -52,7 +55,7 @@ class VideoPlan:
         max_frames: frames given to the network at once.
         step_size: frames to sample in each inference step.
         options: the strategy's own.
-        schedule: file of observed frames that replace the strategy's choice, or None.
+        optimal: file of observed frames that replace the strategy's choice, or None.
         device: where frames are embedded, for strategies that look at them.
     """
 
@@ -62,7 +65,7 @@ class VideoPlan:
     max_frames: int
     step_size: int
     options: Any = None
-    schedule: Path | None = None
+    optimal: Path | None = None
     device: str = "cpu"
 
     def strategy(self) -> InferenceStrategyBase:
@@ -73,12 +76,47 @@ class VideoPlan:
             num_obs=self.obs_length,
             max_frames=self.max_frames,
             step_size=self.step_size,
-            optimal_schedule_path=self.schedule,
+            optimal_schedule_path=self.optimal,
             options=self.options,
             embed=self._embed,
         )
 
-    def _embed(self, frames: np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def observed_from_data(self) -> list[int]:
+        """Sorted frames that the data gives."""
+        return self.strategy().observed_from_data
+
+    @functools.cached_property
+    def schedule(self) -> tuple[OrderedStep, ...] | None:
+        """All inference steps; None for strategies that choose them by what frames look like.
+
+        Raises ValueError where the strategy breaks a rule of `InferenceStrategyBase`.
+        """
+        strategy = self.strategy()
+        return None if strategy.is_adaptive else tuple(ordered_steps(strategy))
+
+    @property
+    def num_sampled(self) -> int:
+        """Frames that are sampled for one video, counting those that are sampled again."""
+        if self.schedule is None:
+            return self.T - len(self.observed_from_data)
+        return sum(len(step.latent) for step in self.schedule)
+
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether any two inference steps of a video can be made at once."""
+        return self.schedule is not None and max(rounds_of(self.schedule), default=0) > 1
+
+    def steps_of(self, frames: np.ndarray) -> Iterator[OrderedStep]:
+        """The inference steps of one video by an adaptive strategy.
+
+        frames: uint8 [T, 3, H, W], which holds the frames of the steps before when one is asked for.
+        """
+        strategy = self.strategy()
+        strategy.set_videos(SymmetricView(frames[None]))  # type: ignore[attr-defined]
+        return ordered_steps((observed, latent) for (observed,), (latent,) in strategy)
+
+    def _embed(self, frames: np.ndarray) -> Any:
         """What the strategy asks for by name; its weights are read when frames are there."""
         from improved_diffusion.sampling.lpips_util import EMBEDDINGS
 
@@ -93,12 +131,10 @@ class VideoPlan:
     def check(self, image_size: int) -> None:
         """See that nothing in the plan can fail once videos are sampled.
 
-        Walks through the whole optimal schedule, and embeds a frame of `image_size` where that will
-        be done. Raises ValueError or FileNotFoundError.
+        Walks through the whole schedule, and embeds a frame of `image_size` where that will be
+        done. Raises ValueError or FileNotFoundError.
         """
-        if self.schedule is not None:
-            for _ in self.strategy():
-                pass
+        self.schedule  # noqa: B018
         if self.embedding is not None:
             self._embed(np.zeros((1, 3, image_size, image_size), np.float32))
 
@@ -107,8 +143,8 @@ class VideoPlan:
         from improved_diffusion.sampling.lpips_util import EMBEDDING_WEIGHTS
 
         found = {}
-        if self.schedule is not None:
-            schedule = load_optimal_schedule(self.schedule)
+        if self.optimal is not None:
+            schedule = load_optimal_schedule(self.optimal)
             text = json.dumps(schedule, sort_keys=True)
             found["schedule_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         if self.embedding in EMBEDDING_WEIGHTS:
@@ -135,12 +171,8 @@ class Task:
         """
         device = machine.default_device(options.device)
         options = replace(options, precision=resolve_precision(options.precision, device))
-        model = TrainedModel.load(
-            options.checkpoint_path,
-            device,
-            compile=options.compile,
-            cuda_graphs=options.cuda_graphs,
-        )
+        how = {"compile": options.compile, "cuda_graphs": options.cuda_graphs}
+        model = TrainedModel.load(options.checkpoint_path, device, **how)
         dataset = options.override_dataset or model.dataset
         if not dataset:
             raise ValueError(
@@ -239,7 +271,7 @@ class Task:
                 # A file may be moved: its weights are what counts.
                 "guidance_against": self.reference_identity or options.guidance_against,
                 "guidance_interval": list(options.guidance_interval or ()),
-                "observed_frames": plan.strategy().observed_from_data,
+                "observed_frames": plan.observed_from_data,
             }
         )
 
@@ -313,10 +345,17 @@ class OneClip:
 
 
 def chosen_batches(options: SampleConfig, num_videos: int) -> list[list[Job]]:
-    """All jobs that the options name, a list per batch of videos (array task i: the i-th)."""
+    """All jobs that the options name, a list per batch of videos (array task i: the i-th).
+
+    Raises ValueError for an array task that is not told how many videos are its own.
+    """
+    if options.batch_size is None and dist_util.array_task() is not None:
+        raise ValueError(
+            "--batch_size auto: an array task needs a number, which says which videos are its own"
+        )
     videos = choose_videos(num_videos, indices=options.indices, subset_size=options.subset_size)
     samples = range(options.num_samples) if options.sample_idx is None else [options.sample_idx]
-    size = options.batch_size
+    size = options.batch_size or max(1, len(videos))
     return [
         [Job(video, sample) for sample in samples for video in videos[start : start + size]]
         for start in range(0, len(videos), size)

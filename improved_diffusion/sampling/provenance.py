@@ -120,11 +120,12 @@ def sample_command(eval_dir: EvalDir) -> str | None:
     groups = (SampleConfig, getattr(STRATEGIES.get(stored["inference_mode"]), "Options", None))
     for item in (item for group in groups if group for item in fields(group)):
         value = stored.get(item.name)
-        if item.metadata.get("positional") or value in (None, "", item.default):
+        if item.metadata.get("positional") or value in (None, "", [], item.default):
             continue
         if item.name == "sampler" and value == "ddpm":
             continue
-        words += [f"--{item.name}", *([] if value is True else [str(value)])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{item.name}", *map(str, values)]
     if stored.get("dataset", "") not in ("", eval_dir.model_config().get("dataset")):
         words += ["--override_dataset", stored["dataset"]]
     samples = eval_dir.samples()

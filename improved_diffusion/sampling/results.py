@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,6 @@ from improved_diffusion.data import paths
 from improved_diffusion.data.file_lock import file_lock
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 # Written beside the samples, but two runs may differ in it and still make the same videos.
 NOT_A_VALUE = {"checkpoint_path"}
@@ -30,16 +28,16 @@ EARLIER = {"spacing": "time", "guidance": 1.0}
 HASH_SUFFIX = "_sha256"
 
 
-class Partial(NamedTuple):
-    """An unfinished video.
+class KeptStep(NamedTuple):
+    """One inference step of an unfinished video.
 
-    stages: inference steps that are made. frames: uint8 [T, 3, H, W]. made: bool [T], the frames
-    that exist: read from the data, or sampled.
+    latent: int [n], the frames that it sampled. frames: these, uint8 [n, 3, H, W]. observed_sha256:
+    `content_digest` of the video's frames from the data.
     """
 
-    stages: int
+    latent: np.ndarray
     frames: np.ndarray
-    made: np.ndarray
+    observed_sha256: str
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -143,8 +141,8 @@ class EvalDir:
 
     def is_begun(self) -> bool:
         """Whether a sample, finished or not, is here."""
-        files = (self.path.glob(f"{kind}/sample_*.np[yz]") for kind in ("samples", "partial"))
-        return any(True for found in files for _ in found)
+        patterns = ("samples/sample_*.npy", "partial/sample_*/step_*.npz", "partial/sample_*.npz")
+        return any(True for pattern in patterns for _ in self.path.glob(pattern))
 
     def check_config(self, now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         """See that what is sampled here already was made with the options `now`.
@@ -203,34 +201,37 @@ class EvalDir:
         for stale in paths.metrics_cache_dir(self.path).glob(f"{name}_*.npy"):
             stale.unlink(missing_ok=True)
 
-    def save_partial(self, video: int, sample: int, partial: Partial) -> None:
-        """Keep an unfinished video."""
-        with paths.atomic_write(paths.partial_path(self.path, video, sample)) as file:
-            np.savez(file, **partial._asdict())
+    def save_step(self, video: int, sample: int, stage: int, step: KeptStep) -> None:
+        """Keep an inference step of an unfinished video: one file, which no later step touches."""
+        path = paths.step_path(self.path, video, sample, stage)
+        with paths.atomic_write(path, sync=False) as file:
+            np.savez(file, **step._asdict())
 
-    def partial_stages(self, video: int, sample: int) -> int:
-        """How many inference steps of an unfinished video are made; 0 where none is kept."""
-        return self._read_partial(video, sample, lambda kept: int(kept["stages"])) or 0
+    def kept_stages(self, video: int, sample: int) -> set[int]:
+        """The inference steps that are kept of an unfinished video."""
+        folder = paths.partial_dir(self.path, video, sample)
+        found = (paths.parse_step_name(path.name) for path in folder.glob("step_*.npz"))
+        return {stage for stage in found if stage is not None}
 
-    def load_partial(self, video: int, sample: int) -> Partial | None:
-        """An unfinished video; None where none is kept that can be gone on with."""
-        return self._read_partial(
-            video, sample, lambda kept: Partial(int(kept["stages"]), kept["frames"], kept["made"])
-        )
-
-    def _read_partial(self, video: int, sample: int, read: Callable[[Any], Value]) -> Value | None:
+    def load_step(self, video: int, sample: int, stage: int) -> KeptStep | None:
+        """A kept inference step; None where it cannot be read."""
+        path = paths.step_path(self.path, video, sample, stage)
         try:
-            with np.load(paths.partial_path(self.path, video, sample), allow_pickle=False) as kept:
-                return read(kept)
+            with np.load(path, allow_pickle=False) as kept:
+                return KeptStep(kept["latent"], kept["frames"], str(kept["observed_sha256"]))
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
-    def drop_partial(self, video: int, sample: int) -> None:
-        """Forget the unfinished video, now that it is finished."""
-        path = paths.partial_path(self.path, video, sample)
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty yet
-            path.parent.rmdir()
+    def drop_steps(self, video: int, sample: int) -> None:
+        """Forget the unfinished video: it is finished, or is to be begun again."""
+        self._drop_folder(paths.partial_dir(self.path, video, sample))
+
+    def _drop_folder(self, folder: Path) -> None:
+        for path in folder.glob("step_*.npz"):
+            path.unlink(missing_ok=True)
+        for empty in (folder, folder.parent):
+            with contextlib.suppress(OSError):  # not there, or another run writes in it
+                empty.rmdir()
 
     def record(self, video: int, sample: int) -> dict[str, Any]:
         """How a sample was made, see `save_record`; empty where nothing says so."""
@@ -241,7 +242,7 @@ class EvalDir:
         """Keep how a sample was made.
 
         record: "schedule", a list of [observed, latent frames] of each inference step; "seconds",
-        of its batch by the number of videos in it, or None where it was made in several sittings;
+        its share of those of its rounds, or None where it was made in several sittings;
         "version" of the code.
         """
         with paths.atomic_write(paths.record_path(self.path, video, sample)) as file:
@@ -281,17 +282,24 @@ class EvalDir:
 
     def clean_up(self) -> None:
         """Remove what killed runs have left behind: temporary files, stale unfinished videos."""
-        paths.remove_leftovers(*(self.path / name for name in ("", *FOLDERS)))
-        for partial in (self.path / "partial").glob("*.np[yz]"):
-            final = "elbos" if partial.suffix == ".npy" else "samples"
-            if _is_whole(self.path / final / f"{partial.stem}.npy"):
-                partial.unlink(missing_ok=True)
+        unfinished = [path for path in (self.path / "partial").glob("sample_*") if path.is_dir()]
+        paths.remove_leftovers(*(self.path / name for name in ("", *FOLDERS)), *unfinished)
+        for folder in unfinished:
+            if _is_whole(self.path / "samples" / f"{folder.name}.npy"):
+                self._drop_folder(folder)
+        for bounds in (self.path / "partial").glob("elbo_*.npy"):
+            if _is_whole(self.path / "elbos" / bounds.name):
+                bounds.unlink(missing_ok=True)
+        for old in (self.path / "partial").glob("sample_*.npz"):
+            logger.info("%s was kept by an earlier version: that video is begun again", old)
+            old.unlink(missing_ok=True)
         for cached in paths.metrics_cache_dir(self.path).glob("sample_*.npy"):
             name = "_".join(cached.name.split("_")[:2])
             if not (self.path / "samples" / f"{name}.npy").exists():
                 cached.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (self.path / "partial").rmdir()
+        for empty in (*unfinished, self.path / "partial"):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                empty.rmdir()
 
 
 def _is_whole(path: Path) -> bool:

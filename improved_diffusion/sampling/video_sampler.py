@@ -1,28 +1,63 @@
-"""A strategy drives a sampler over a batch of videos.
+"""Inference steps of many videos go through a sampler together.
 
-Frames are kept as uint8, which is what is saved: a frame that is sampled in one inference step is
-observed in later ones exactly as its file will show it.
+What runs together is a batch of trajectories: inference steps that wait for no other, of one video or
+of several, which observe and sample as many frames each. What they hold does not depend on it.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from improved_diffusion.data.frame_batch import FrameBatch, to_symmetric, to_uint8
+from improved_diffusion.data import machine
+from improved_diffusion.data.frame_batch import FrameBatch, to_uint8
 from improved_diffusion.data.rng_util import make_generator
-from improved_diffusion.inference_utils import InferenceStrategyBase
+from improved_diffusion.data.step_order import OrderedStep
 from improved_diffusion.registry import SAMPLERS
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.plan import Job, VideoPlan
 from improved_diffusion.sampling.trained_model import TrainedModel
+from improved_diffusion.sampling.unfinished_video import UnfinishedVideo
+
+logger = logging.getLogger(__name__)
+
+
+class Trajectory(NamedTuple):
+    """One inference step of one video, on its way from noise to frames.
+
+    Attributes:
+        noise: (video, sample, stage), which its noise depends on beside the seed.
+        indices: its frames in the video, the observed ones first.
+        observed: these, uint8 [n, 3, H, W].
+    """
+
+    noise: tuple[int, int, int]
+    indices: list[int]
+    observed: np.ndarray
+
+    @classmethod
+    def of(cls, video: UnfinishedVideo, step: OrderedStep) -> Trajectory:
+        """That of a ready step. Raises ValueError where a frame that it observes does not exist."""
+        indices = [*step.observed, *step.latent]
+        return cls((*video.job, step.stage), indices, video.observed_frames(step))
+
+
+class Sampler(Protocol):
+    """What `make_videos` needs: so many trajectories at most are best given to `sample` at once."""
+
+    @property
+    def round_size(self) -> int: ...
+
+    def sample(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]: ...
 
 
 class VideoSampler:
-    """Samples batches of videos.
+    """Samples batches of trajectories.
 
     Args:
         denoiser: in the process whose timesteps are gone through.
@@ -30,102 +65,110 @@ class VideoSampler:
         sampler: a name in SAMPLERS.
         seed: of the noise, beside the video, the sample and the inference step.
         eta: of ddim.
+        batch_size: trajectories in one call of the network; halved where memory does not do for them.
     """
 
     def __init__(
-        self, denoiser: Denoiser, device: str, *, sampler: str, seed: int = 0, eta: float = 0.0
+        self,
+        denoiser: Denoiser,
+        device: str,
+        *,
+        sampler: str,
+        seed: int = 0,
+        eta: float = 0.0,
+        batch_size: int = 8,
     ) -> None:
         self.denoiser, self.device = denoiser, torch.device(device)
         self.sampler, self.seed, self.eta = sampler, seed, eta
+        self.batch_size = batch_size
+        self.num_frames = 0  # sampled so far
 
-    def sample(
-        self,
-        strategy: InferenceStrategyBase,
-        videos: np.ndarray,
-        jobs: Sequence[Job],
-        start_stage: int = 0,
-        made: np.ndarray | None = None,
-    ) -> Iterator[tuple[int, int]]:
-        """Fill in the missing frames of `videos`, uint8 [B, T, 3, H, W], in place.
+    @property
+    def round_size(self) -> int:
+        """Trajectories that run at once."""
+        return self.batch_size
 
-        The frames `strategy.observed_from_data` must be there, and what the inference steps before
-        `start_stage` sample. jobs: B of them. made: bool [B, T], the frames that exist, which is
-        kept up to date (None: those from the data). Yields (stage, frames sampled in it) after each
-        one. Raises ValueError where a frame that is to be observed does not exist.
-        """
-        if made is None:
-            made = np.zeros(videos.shape[:2], bool)
-            made[:, strategy.observed_from_data] = True
-        if strategy.is_adaptive:
-            strategy.set_videos(SymmetricView(videos))  # type: ignore[attr-defined]
-        for stage, (observed, latent) in enumerate(strategy):
-            if not strategy.is_adaptive:
-                observed, latent = [observed] * len(jobs), [latent] * len(jobs)
-            if stage >= start_stage:
-                for rows in _alike(observed, latent):
-                    indices = np.array([observed[row] + latent[row] for row in rows])
-                    names = [(self.seed, *jobs[row], stage) for row in rows]
-                    num_observed = len(observed[rows[0]])
-                    for row, frames in zip(rows, indices, strict=True):
-                        require_made(jobs[row], made[row], frames[:num_observed])
-                    self._sample_rows(videos, rows, indices, num_observed, names)
-                    made[np.array(rows)[:, None], indices[:, num_observed:]] = True
-                yield stage, sum(map(len, latent))
+    def sample(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """The sampled frames of each, uint8 [m, 3, H, W]; all have equal numbers of frames."""
+        sampled: list[np.ndarray] = []
+        while len(sampled) < len(trajectories):
+            part = trajectories[len(sampled) : len(sampled) + self.batch_size]
+            try:
+                sampled.extend(self._sample_at_once(part))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not machine.is_out_of_memory(error) or len(part) == 1:
+                    raise
+            # The error is gone by now, and the tensors that its traceback held with it.
+            self.batch_size = len(part) // 2
+            machine.release_memory(self.device)
+            words = "out of memory with %d trajectories at once: going on with %d"
+            logger.warning(words, len(part), self.batch_size)
+        self.num_frames += sum(map(len, sampled))
+        return sampled
 
     @torch.inference_mode()
-    def _sample_rows(
-        self,
-        videos: np.ndarray,
-        rows: list[int],
-        indices: np.ndarray,
-        num_observed: int,
-        names: Sequence[tuple[int, ...]],
-    ) -> None:
-        """One network trajectory for some rows of `videos`, written back into them.
-
-        indices: [rows, K], the observed frames first. names: of each row, what all that is drawn for
-        it depends on.
-        """
-        where = np.array(rows)[:, None]
+    def _sample_at_once(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """uint8 [B, m, 3, H, W]."""
+        indices = np.array([trajectory.indices for trajectory in trajectories])
+        observed = np.stack([trajectory.observed for trajectory in trajectories])
+        num_observed = observed.shape[1]
+        frames = np.zeros((*indices.shape, *observed.shape[2:]), np.uint8)
+        frames[:, :num_observed] = observed
         shared = (indices == indices[:1]).all()
         batch = FrameBatch.from_uint8(
-            videos[where, indices], indices[:1] if shared else indices, num_observed, self.device
+            frames, indices[:1] if shared else indices, num_observed, self.device
         )
+        names = [(self.seed, *trajectory.noise) for trajectory in trajectories]
         denoiser = self.denoiser.for_trajectories(batch, names)
         noise = [make_generator(*name) for name in names]
-        # One context for the whole trajectory: half-precision copies of the weights are made once.
+        # One context for the whole way: half-precision copies of the weights are made once.
         with denoiser.autocast():
             out = SAMPLERS[self.sampler](denoiser, batch, generator=noise, eta=self.eta)
-        videos[where, indices[:, num_observed:]] = to_uint8(out[:, num_observed:])
+        return to_uint8(out[:, num_observed:])
 
 
-def require_made(job: Job, made: np.ndarray, frames: Sequence[int] | np.ndarray) -> None:
-    """Raise ValueError where one of `frames` does not exist. made: bool [T] of the job's video."""
-    missing = [int(frame) for frame in frames if not made[frame]]
-    if missing:
-        raise ValueError(
-            f"video {job.video} sample {job.sample}: the frames {missing} were never made: delete "
-            "what is kept of it in partial/ and run again"
-        )
+def make_videos(
+    videos: Iterator[UnfinishedVideo], sampler: Sampler
+) -> Iterator[tuple[UnfinishedVideo, OrderedStep]]:
+    """Make all inference steps of all videos; yields each (video, step) when its frames are there.
+
+    In each round those that are ready and have equal numbers of frames run together, as many as the
+    sampler takes, whatever videos and stages they belong to. A video is taken from `videos` when
+    those taken before do not fill a round, and at most twice as many as a round holds are in work.
+    """
+    in_work: list[UnfinishedVideo] = []
+    while True:
+        size = sampler.round_size
+        found = _next_round(in_work, size)
+        while len(found) < size and len(in_work) < 2 * size:
+            video = next(videos, None)
+            if video is None:
+                break
+            in_work.append(video)
+            found = _next_round(in_work, size)
+        if not found:
+            return
+        began = time.perf_counter()
+        sampled = sampler.sample([Trajectory.of(video, step) for video, step in found])
+        share = (time.perf_counter() - began) / len(found)
+        for (video, step), frames in zip(found, sampled, strict=True):
+            video.seconds = None if video.seconds is None else video.seconds + share
+            video.finish(step, frames)
+            yield video, step
+        in_work = [video for video in in_work if video.ready]
 
 
-def _alike(observed: list[list[int]], latent: list[list[int]]) -> list[list[int]]:
-    """Rows with equal numbers of frames: they run together, so that nothing is ever padded."""
-    counts = [(len(o), len(la)) for o, la in zip(observed, latent, strict=True)]
-    return [[row for row, c in enumerate(counts) if c == count] for count in sorted(set(counts))]
-
-
-class SymmetricView:
-    """uint8 videos seen as float32 in [-1, 1]; only the frames that are indexed are converted."""
-
-    def __init__(self, videos: np.ndarray):
-        self._videos, self.shape, self.ndim = videos, videos.shape, videos.ndim
-
-    def __len__(self) -> int:
-        return len(self._videos)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return to_symmetric(self._videos[index])
+def _next_round(
+    in_work: Sequence[UnfinishedVideo], size: int
+) -> list[tuple[UnfinishedVideo, OrderedStep]]:
+    """Up to `size` steps with equal numbers of frames: as many as there are, the earliest on ties."""
+    groups: dict[tuple[int, int], list[tuple[UnfinishedVideo, OrderedStep]]] = {}
+    for video in in_work:
+        for step in video.ready:
+            counts = len(step.observed), len(step.latent)
+            groups.setdefault(counts, []).append((video, step))
+    return max((group[:size] for group in groups.values()), key=len, default=[])
 
 
 def sample_video(
@@ -155,12 +198,12 @@ def sample_video(
     plan = VideoPlan(
         strategy, T, num_observed, max_frames, step_size or max_frames // 2, device=model.device
     )
-    if (chosen := plan.strategy()).is_goal_directed:
+    if plan.strategy().is_goal_directed:
         raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
-    videos = np.zeros((1, T, 3, size, size), np.uint8)
-    videos[0, :num_observed] = observed_frames.transpose(0, 3, 1, 2)
+    video = UnfinishedVideo(Job(0, 0), plan, observed_frames.transpose(0, 3, 1, 2))
     maker = VideoSampler(
         model.denoiser(str(steps), spacing=spacing), model.device, sampler=sampler, seed=seed
     )
-    list(maker.sample(chosen, videos, [Job(0, 0)]))
-    return np.ascontiguousarray(videos[0].transpose(0, 2, 3, 1))
+    for _ in make_videos(iter([video]), maker):
+        pass
+    return np.ascontiguousarray(video.whole().transpose(0, 2, 3, 1))

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import machine
+from improved_diffusion.data.step_order import rounds_of
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.inference_utils import InferenceStrategyBase
+from improved_diffusion.sampling.batch_size import fitting_batch_size
 from improved_diffusion.sampling.keeper import Keeper
 from improved_diffusion.sampling.options import SampleConfig
-from improved_diffusion.sampling.plan import Job, OneClip, Task, chosen_batches, own_jobs
-from improved_diffusion.sampling.results import EvalDir, Partial
-from improved_diffusion.sampling.video_sampler import VideoSampler, require_made
+from improved_diffusion.sampling.plan import (
+    Job,
+    OneClip,
+    Task,
+    VideoPlan,
+    chosen_batches,
+    own_jobs,
+)
+from improved_diffusion.sampling.rank_team import RankTeam, split_jobs
+from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.sampling.unfinished_video import UnfinishedVideo
+from improved_diffusion.sampling.video_sampler import Sampler, VideoSampler, make_videos
 from improved_diffusion.sampling.video_sampler import sample_video as sample_video  # published here
 
 logger = logging.getLogger(__name__)
@@ -33,7 +46,7 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     strategy = task.plan.strategy()
     eval_dir = EvalDir(task.eval_dir)
     if options.just_visualise:
-        _visualise(strategy, eval_dir.path / "schedule.png")
+        _visualise(task.plan, eval_dir.path / "schedule.png")
         return eval_dir
     source = task.source()
     batches = chosen_batches(options, len(source))
@@ -50,7 +63,7 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
     _check_lengths(strategy, source, sorted({job.video for job in wanted}), task.plan.T)
     run = SamplingRun(task, source, eval_dir)
     logger.info("%d videos to sample into %s", len(jobs), eval_dir.path)
-    run.make(jobs[dist_util.rank() :: dist_util.world_size()])
+    run.make(jobs)
     return eval_dir
 
 
@@ -68,22 +81,24 @@ def print_status(task: Task, eval_dir: EvalDir, batches: list[list[Job]]) -> Non
     for job in sorted(job for batch in missing for job in batch):
         print(f"missing: video {job.video} sample {job.sample}")
     tasks = [str(index) for index, batch in enumerate(missing) if batch]
-    if tasks:
+    if tasks and task.options.batch_size is not None:
         print(f"--array={','.join(tasks)}")
     total, left = sum(map(len, batches)), sum(map(len, missing))
     print(f"{total - left} of {total} videos are in {eval_dir.path}")
 
 
-def _visualise(strategy: InferenceStrategyBase, path: Path) -> None:
+def _visualise(plan: VideoPlan, path: Path) -> None:
     from improved_diffusion.sampling.schedule_picture import draw_schedule
 
-    if strategy.is_adaptive:
+    if plan.schedule is None:
         raise ValueError(
             "--just_visualise: adaptive strategies choose observed frames by what the sampled ones "
             "look like, so there is no schedule before sampling: choose another --inference_mode"
         )
-    draw_schedule(strategy, path)
-    logger.info("drew the schedule to %s", path)
+    draw_schedule(plan.strategy(), path)
+    rounds = rounds_of(plan.schedule)
+    words = "%d inference steps in %d rounds, at most %d at once; drew the schedule to %s"
+    logger.info(words, len(plan.schedule), len(rounds), max(rounds), path)
 
 
 def _check_lengths(
@@ -105,7 +120,7 @@ def _check_lengths(
 
 
 class SamplingRun:
-    """Makes videos in batches, keeps what is unfinished, and says how long it took.
+    """Makes videos, keeps what is unfinished, and says how long it took.
 
     Raises ValueError or FileNotFoundError, before anything is written, for weights that do not fit
     and a plan that will fail.
@@ -113,30 +128,31 @@ class SamplingRun:
 
     def __init__(self, task: Task, source: VideoTestSet | OneClip, eval_dir: EvalDir) -> None:
         options, model = task.options, task.model
-        self.task, self.source, self.eval_dir = task, source, eval_dir
+        self.task, self.eval_dir = task, eval_dir
         self.sampler = VideoSampler(
             task.denoiser(),
             model.device,
             sampler=options.sampler_name,
             seed=options.seed,
             eta=options.eta,
+            batch_size=options.batch_size or 1,
         )
         task.plan.check(model.image_size)
         self.keeper = Keeper(task, source, eval_dir)
 
     def make(self, jobs: list[Job]) -> None:
-        """Sample in batches; videos that an earlier run left unfinished go on where they are."""
-        total = len(jobs) * _frames_per_video(self.task.plan.strategy())
-        stages = {job: self.eval_dir.partial_stages(*job) for job in jobs}
-        began, made = time.perf_counter(), 0
+        """Sample the videos; those that an earlier run left unfinished go on where they are."""
+        if self.task.options.batch_size is None and jobs:
+            self.sampler.batch_size = self._fitting_batch_size(len(jobs))
+        shared, own = split_jobs(jobs, self.task.plan)
+        began = time.perf_counter()
+        total = (len(shared) + len(own)) * self.task.plan.num_sampled
         with tqdm(total=total, unit="frame", disable=not dist_util.is_main()) as bar:
-            while stages:
-                stage, partials = self._next_batch(stages)
-                for num_frames in self._make_batch(stage, partials):
-                    bar.update(num_frames)
-                    made += num_frames
-        seconds = time.perf_counter() - began
-        if jobs:
+            if shared:
+                self._make_together(shared, bar)
+            self._make(own, self.sampler, bar)
+        seconds, made = time.perf_counter() - began, self.sampler.num_frames
+        if shared or own:
             logger.info(
                 "sampled %d frames in %.1f s: %.2f frames/s, %d network calls, peak memory %.2f GB",
                 made,
@@ -146,54 +162,44 @@ class SamplingRun:
                 machine.peak_memory_gb(self.sampler.device),
             )
 
-    def _next_batch(self, stages: dict[Job, int]) -> tuple[int, dict[Job, Partial | None]]:
-        """(inference steps made, unfinished videos) of a batch, perhaps none; takes it out of `stages`.
+    def _fitting_batch_size(self, num_videos: int) -> int:
+        """No more than can run at once, and than twice as many videos as that have room for."""
+        task = self.task
+        widest = max(rounds_of(task.plan.schedule or ()), default=1)
+        room = machine.free_memory_bytes(torch.device("cpu")) or 0
+        video_bytes = math.prod(task.shape)
+        most = num_videos * widest
+        if not task.plan.is_side_by_side and room:
+            most = max(1, min(most, room // (4 * video_bytes)))
+        frames = task.plan.max_frames, *task.shape[1:]
+        return fitting_batch_size(self.sampler.denoiser, task.model.device, frames, most)
 
-        Another run may work in the same folder: of the videos that were furthest when they were
-        looked at last, those make the batch that are still there; finished ones are dropped.
-        """
-        stage, batch = max(stages.values()), {}
-        furthest = [job for job, reached in stages.items() if reached == stage]
-        for job in furthest[: self.task.options.batch_size]:
-            if self.eval_dir.has_sample(*job, self.task.shape):
-                del stages[job]
-                continue
-            partial = self.keeper.load(job)
-            stages[job] = partial.stages if partial else 0
-            if stages[job] == stage:
-                batch[job] = partial
-                del stages[job]
-        return stage, batch
-
-    def _make_batch(self, stage: int, partials: dict[Job, Partial | None]) -> Iterator[int]:
-        """Sample and save videos of which `stage` inference steps are made; yields new frames."""
-        batch, plan, began = list(partials), self.task.plan, time.perf_counter()
-        if not batch:
+    def _make_together(self, jobs: list[Job], bar: Any) -> None:
+        team = RankTeam(self.sampler)
+        if dist_util.rank() > 0:
+            team.follow()
             return
-        videos = np.zeros((len(batch), *self.task.shape), np.uint8)
-        made = np.zeros(videos.shape[:2], bool)
-        strategy = plan.strategy()
-        observed = strategy.observed_from_data
-        for row, job in enumerate(batch):
-            partial = partials[job]
-            if partial is None:
-                videos[row, observed] = self.source.read(job.video, observed)
-                made[row, observed] = True
+        with team:
+            self._make(jobs, team, bar)
+
+    def _make(self, jobs: list[Job], sampler: Sampler, bar: Any) -> None:
+        """Sample and save videos."""
+        for video, step in make_videos(self._opened(jobs, bar), sampler):
+            bar.update(len(step.latent))
+            if video.ready:
+                self.keeper.keep(video, step)
             else:
-                videos[row], made[row] = partial.frames, partial.made
-        steps = self.sampler.sample(strategy, videos, batch, stage, made)
-        for done, num_frames in steps:
-            yield num_frames
-            rows = zip(videos, made, strict=True)
-            self.keeper.keep({j: Partial(done + 1, *r) for j, r in zip(batch, rows, strict=True)})
-        seconds = None if stage else (time.perf_counter() - began) / len(batch)
-        for row, job in enumerate(batch):
-            require_made(job, made[row], range(plan.T))
-            self.keeper.finish(job, videos[row], strategy.steps_made(row), seconds)
+                self.keeper.finish(video)
 
-
-def _frames_per_video(strategy: InferenceStrategyBase) -> int:
-    """How many frames a strategy samples, counting those that it samples again."""
-    if strategy.samples_frame_twice:
-        return sum(len(latent) for _, latent in strategy)
-    return strategy._video_length - len(strategy.observed_from_data)
+    def _opened(self, jobs: list[Job], bar: Any) -> Iterator[UnfinishedVideo]:
+        """The videos one after the other; those that another run has finished meanwhile are left out."""
+        plan = self.task.plan
+        for job in jobs:
+            if self.eval_dir.has_sample(*job, self.task.shape):
+                continue
+            video = self.keeper.open(job)
+            if video.ready:
+                bar.update(int(video.made.sum()) - len(plan.observed_from_data))
+                yield video
+            else:
+                self.keeper.finish(video)

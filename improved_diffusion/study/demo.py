@@ -1,6 +1,8 @@
-"""The whole chain on one machine: data, training, sampling, scores and videos.
+"""The point of the project on one machine, and then its whole chain.
 
-Every stage calls the function that its script calls, and prints the command that would do the same.
+First a pretrained network continues walks through mazes, with and without recalling what it has seen.
+Then a small one is trained from nothing, samples, and is scored. Every stage calls the function that
+its script calls, and prints the command that would do the same.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import evaluate
 from improved_diffusion.evaluation.gallery import make_gallery
-from improved_diffusion.evaluation.metric_tables import read_table
+from improved_diffusion.evaluation.laps import LAPS, PREDICTIONS
+from improved_diffusion.evaluation.metric_tables import read_info, read_table
 from improved_diffusion.evaluation.metrics import psnr
-from improved_diffusion.evaluation.options import EvalConfig, GifConfig
+from improved_diffusion.evaluation.options import EvalConfig, GifConfig, ReportConfig
+from improved_diffusion.evaluation.report.page import write_report
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.video_sampling import sample_dataset
@@ -30,6 +34,18 @@ from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.start import create_train_loop
 
 logger = logging.getLogger(__name__)
+
+LAST_FRAME = PREDICTIONS[-1]
+# Equal numbers of frames per call; the second gives most of them to what followed a moment like this.
+MAZE_STRATEGIES = (
+    "--inference_mode autoreg",
+    "--inference_mode recall-autoreg --distance l2 --recall_recent 1 --recall_window 6",
+)
+MAZE_SAMPLING = (
+    "--T {maze_T} --obs_length 60 --step_size 3 --max_frames 7 --sampler {sampler} "
+    "--timestep_respacing {maze_timesteps} --seed {seed} --subset_size {maze_videos} "
+    "--batch_size {maze_videos} --device '{device}'"
+)
 
 RUN_ID = "demo"
 DATASET = "bouncy_balls"
@@ -53,22 +69,74 @@ SAMPLING = (
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Train for `config.minutes`, sample with two strategies, score them, write gifs, say where all is.
+    """Show what recalling brings; then train for `config.minutes`, if any, and show what comes of it.
 
     Works in the current directory and goes on from what an earlier call has left there. Raises
     ValueError or OSError for a user's mistake, and ValueError where training was interrupted.
     """
+    show_memory(config)
+    if config.minutes > 0:
+        show_training(config)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def show_memory(config: DemoConfig) -> None:
+    """Continue observed laps by strategies that do and do not recall; print PSNR by lap, write pictures."""
+    if not Path(config.maze_checkpoint).exists():
+        raise FileNotFoundError(
+            f"{config.maze_checkpoint} is not there: start in the repository's root, or give "
+            "--maze_checkpoint"
+        )
+    began = time.perf_counter()
+    sampling = MAZE_SAMPLING.format(**vars(config), sampler=SAMPLER)
+    folders = [
+        _sampled([config.maze_checkpoint, *shlex.split(f"{strategy} {sampling}")])
+        for strategy in MAZE_STRATEGIES
+    ]
+    _scored(folders, "lap_psnr")
+    names = list(map(str, folders))
+    gif, page = folders[0].parent / "laps.gif", folders[0].parent / "report.html"
+    _gallery(["--eval_dir", *names, "--add_gt", "--grid", "--out", str(gif)])
+    words = ["--eval_dir", *names, "--out", str(page), "--title", "Laps of a maze"]
+    with in_place_of("video_report.py", words):
+        (options,) = parse("video_report.py", words, ReportConfig)
+        write_report(options)
+    print(f"\nPSNR by lap, mean over videos (dB); lap 1 was observed\n{lap_table(config, folders)}")
+    seconds = time.perf_counter() - began
+    print(f"\nreport: {page}\ngif: {gif} (truth, then each strategy)\ntime: {seconds:.0f} s")
+
+
+def lap_table(config: DemoConfig, folders: list[Path]) -> str:
+    """A line per strategy, and one for repeating the last observed frame."""
+    lines = [f"{'':30}" + "".join(f"{f'lap {lap}':>8}" for lap in LAPS)]
+    for folder in folders:
+        table = table_path(folder, config.maze_T).with_suffix(".json")
+        columns = read_info(table)["metrics"]["lap_psnr"]["columns"]
+        means = {column["name"]: column["mean"] for column in columns}
+        lines.append(_lap_line(folder.name.split("_")[0], means, "samples"))
+    return "\n".join([*lines, _lap_line("last observed frame repeated", means, LAST_FRAME)])
+
+
+def _lap_line(name: str, means: dict[str, float | None], predicted_by: str) -> str:
+    values = [means[f"lap {lap}: {predicted_by}"] for lap in LAPS]  # None: the video ends before
+    return f"{name:30}" + "".join(f"{'-' if v is None else format(v, '.1f'):>8}" for v in values)
+
+
+# ---------------------------------------------------------------- training
+
+
+def show_training(config: DemoConfig) -> None:
+    """Train for `config.minutes`, sample with two strategies, score them, write gifs, say where all is."""
     began = time.perf_counter()
     checkpoint = train(config)
     eval_dirs = []
     for strategy in STRATEGIES:
         eval_dirs.append(sample(config, checkpoint, strategy))
-        score(eval_dirs[-1])
-        write_gif(eval_dirs[-1])
+        _scored(eval_dirs[-1:], "psnr", "ssim")
+        _gallery(["--eval_dir", str(eval_dirs[-1]), "--add_gt", "--grid"])
     report(config, eval_dirs, time.perf_counter() - began)
-
-
-# ---------------------------------------------------------------- the chain
 
 
 def train(config: DemoConfig) -> str:
@@ -98,23 +166,29 @@ def _train_until(config: DemoConfig, limit: str) -> None:
 def sample(config: DemoConfig, checkpoint: str, strategy: str) -> Path:
     """Sample the test videos with one strategy; returns the evaluation directory."""
     fixed = {"strategy": strategy, "sampler": SAMPLER}
-    words = [checkpoint, *shlex.split(SAMPLING.format(**vars(config), **fixed))]
+    return _sampled([checkpoint, *shlex.split(SAMPLING.format(**vars(config), **fixed))])
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _sampled(words: list[str]) -> Path:
+    """Do what video_sample.py does; returns the evaluation directory."""
     with in_place_of("video_sample.py", words):
         (options,) = parse("video_sample.py", words, SampleConfig)
         return sample_dataset(options).path
 
 
-def score(eval_dir: Path) -> None:
-    """Print and store the scores of one evaluation directory."""
-    words = ["--eval_dir", str(eval_dir), "--modes", "psnr", "ssim"]
+def _scored(eval_dirs: list[Path], *modes: str) -> None:
+    """Print and store the scores of evaluation directories."""
+    words = ["--eval_dir", *map(str, eval_dirs), "--modes", *modes]
     with in_place_of("video_eval.py", words):
         (options,) = parse("video_eval.py", words, EvalConfig)
         evaluate.run(options)
 
 
-def write_gif(eval_dir: Path) -> None:
-    """Write one grid of the samples beside the truth."""
-    words = ["--eval_dir", str(eval_dir), "--add_gt", "--grid"]
+def _gallery(words: list[str]) -> None:
+    """Write samples beside the truth as videos."""
     with in_place_of("video_make_gif.py", words):
         (options,) = parse("video_make_gif.py", words, GifConfig)
         make_gallery(options)

@@ -31,7 +31,7 @@ METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 class DemoConfig:
     """The demonstration (demo.py)."""
 
-    minutes: float = option(5.0, "minutes of training")
+    minutes: float = option(5.0, "minutes of training (0: only show the pretrained network)")
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
     num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
@@ -41,9 +41,19 @@ class DemoConfig:
     step_size: int = option(6, "frames to sample in each inference step")
     timesteps: int = option(20, "timesteps of sampling")
     warm_up_updates: int = option(20, "updates that measure the speed of this machine")
+    maze_checkpoint: str = option(
+        "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt",
+        "network that continues laps of mazes before anything is trained",
+    )
+    maze_videos: int = option(1, "mazes to show it on")
+    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
+    maze_timesteps: int = option(8, "timesteps of sampling them")
 
     def __post_init__(self) -> None:
         check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
+        check_positive(self, "maze_videos", "maze_timesteps")
+        if self.minutes < 0:
+            raise ValueError(f"--minutes {self.minutes}: must not be negative")
 
 
 @dataclass(frozen=True)

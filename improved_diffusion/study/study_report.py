@@ -99,9 +99,10 @@ def write_report(config: StudyConfig) -> Path:
         f"# {config.dataset}",
         f"{config.num_videos} test videos of {config.T} frames, the first {config.obs_length} "
         f"observed, {config.max_frames} frames in one network call, {config.step_size} of them "
-        "sampled. Mean ± standard error over videos; in brackets the difference, paired over "
-        "videos, from the first strategy of the same sampler or, for DDPM, from the same strategy "
-        "with the solver. Seconds are those of the sampling command, its start included.",
+        "sampled. Mean ± standard error over videos; of distances, [95 % interval]; in round "
+        "brackets the difference, paired over videos, from the first strategy of the same sampler or, "
+        "for DDPM, from the same strategy with the solver. Seconds are those of the sampling "
+        "command, its start included.",
         score_table(config, tables),
         coherence_table(config, tables) if config.dataset in HAS_POSES else "",
         "## Commands\n\n```bash\n"

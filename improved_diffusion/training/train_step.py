@@ -147,7 +147,7 @@ class TrainStep:
         self.position += config.batch_size * dist_util.world_size()
         self.optimizer.zero_grad(set_to_none=True)
         batch = self.own_errors(self.batch(items), self.position, observed=items["obs_mask"])
-        with fp16_util.arithmetic(tf32=config.tf32, same_shapes=True):
+        with fp16_util.arithmetic(self.device, tf32=config.tf32, same_shapes=True):
             losses = self._backward(batch, send(t, self.device), send(weights, self.device))
         norm = self._grad_norm()
         before = self.finish()

@@ -22,6 +22,26 @@ logger = logging.getLogger(__name__)
 # What must be the same of directories whose videos stand side by side.
 SHARED = ("dataset", "dataset_partition", "obs_video")
 
+# What the stored options are called in the report; others keep their names and come last.
+NAMED = {
+    "checkpoint": "checkpoint_path",
+    "updates": "checkpoint_step",
+    "weights (SHA-256)": "weights_sha256",
+    "data set": "dataset",
+    "partition": "dataset_partition",
+    "own clip": "obs_video",
+    "frames": "T",
+    "observed at the start": "obs_length",
+    "frames in a call": "max_frames",
+    "step size": "step_size",
+    "sampler": "sampler",
+    "timesteps": "timestep_respacing",
+    "eta": "eta",
+    "arithmetic": "precision",
+    "seed": "seed",
+}
+SAID_ELSEWHERE = ("inference_mode", "observed_frames")
+
 
 class Table(NamedTuple):
     """A table of metrics and what the .json beside it says; both are empty where there is none."""
@@ -119,24 +139,13 @@ def _read_table(path: Path) -> Table:
 def _facts(eval_dir: EvalDir) -> dict[str, str]:
     """How the samples were made, in words; what nothing says is not in it."""
     stored = provenance.stored_options(eval_dir)
-    names = {
-        "checkpoint": "checkpoint_path",
-        "updates": "checkpoint_step",
-        "weights (SHA-256)": "weights_sha256",
-        "data set": "dataset",
-        "partition": "dataset_partition",
-        "own clip": "obs_video",
-        "frames": "T",
-        "observed at the start": "obs_length",
-        "frames in a call": "max_frames",
-        "step size": "step_size",
-        "sampler": "sampler",
-        "timesteps": "timestep_respacing",
-        "eta": "eta",
-        "arithmetic": "precision",
-        "seed": "seed",
+    others = {name: name for name in sorted(stored.keys() - {*NAMED.values(), *SAID_ELSEWHERE})}
+    names = NAMED | others
+    facts = {
+        what: str(stored[name])
+        for what, name in names.items()
+        if stored.get(name) not in (None, "")
     }
-    facts = {what: str(stored[name]) for what, name in names.items() if stored.get(name, "") != ""}
     if facts.get("sampler") not in (None, "ddim"):
         facts.pop("eta", None)
     if "sampler" in facts:

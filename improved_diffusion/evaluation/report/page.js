@@ -399,16 +399,20 @@
     show(state.frame);
   }
 
-  // The whole factor by which videos are about as wide as a hand, or half a phone.
+  // The whole factor by which all videos stand in one row, or, where they would be too small, two on a phone.
   function fittingZoom() {
     const width = Math.max(...panels.map((panel) => (panel.video ? panel.video.width : 1)));
-    const room = Math.min(200, (document.documentElement.clientWidth - 56) / 2);
+    const all = document.querySelector(".panels").clientWidth, gap = 16, border = 8;
+    const inOneRow = (all - gap * (panels.length - 1)) / panels.length - border;
+    const room = Math.min(200, inOneRow >= 120 ? inOneRow : (all - gap) / 2 - border);
     return Math.max(1, Math.floor(room / width));
   }
 
   function resize() {
     for (const panel of panels)
       if (panel.video) panel.figure.style.setProperty("--video-width", `${panel.video.width * state.zoom}px`);
+    const widest = Math.max(...panels.map((panel) => (panel.video ? panel.video.width : 1))) * state.zoom;
+    document.querySelector(".panels").style.setProperty("--widest", `${widest}px`);
     byId("zoom").value = `${state.zoom}×`;
     const scale = window.devicePixelRatio || 1;
     for (const panel of panels) {

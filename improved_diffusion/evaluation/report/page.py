@@ -119,7 +119,7 @@ def score_tables(strategies: Sequence[Strategy]) -> list[Table]:
         if any(floors):
             cells = [floor or ("-", "") for floor in floors]
             rows.append(("true videos, real against real", cells))
-        said = f"{caption}Mean ± standard error over n videos"
+        said = f"{caption}Mean ± standard error over n videos; of distances, [95 % interval]"
         tables.append(Table(said, [score.head for score in scores], rows))
     return tables
 
