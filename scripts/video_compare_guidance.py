@@ -1,10 +1,6 @@
 """Compare weights of guidance: distance to the truth, and between two samples of a video.
 
 Samples --subset_size test videos --num_samples 2 times with each; prints a table.
-
-    python scripts/video_compare_guidance.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
-      --inference_mode autoreg --T 18 --obs_length 10 --step_size 4 --subset_size 4 --num_samples 2 \\
-      --sampler unipc --timestep_respacing 10 --spacing logsnr
 """
 
 import argparse
@@ -16,9 +12,18 @@ from improved_diffusion.study.options import GuidanceSweepConfig
 # Options of sampling that mean nothing here, or whose values are compared.
 NOT_FOR_COMPARING = "sample_idx guidance guidance_against status just_visualise".split()
 
+EPILOG = """\
+examples:
+  python scripts/video_compare_guidance.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
+    --inference_mode autoreg --T 18 --obs_length 10 --step_size 4 --subset_size 4 --num_samples 2 \\
+    --sampler unipc --timestep_respacing 10 --spacing logsnr
+  python scripts/video_compare_guidance.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 \\
+    --step_size 10 --subset_size 8 --num_samples 2 --sampler unipc --timestep_respacing 10
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, SampleConfig, GuidanceSweepConfig, leave_out=NOT_FOR_COMPARING)
     return parser
 

@@ -2,9 +2,6 @@
 
 Prints a table of root mean square errors, in grey levels of 255, over the first inference step of the
 first batch of test videos.
-
-    python scripts/video_compare_solvers.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
-      --inference_mode autoreg --obs_length 4 --step_size 4 --subset_size 2
 """
 
 import argparse
@@ -19,9 +16,17 @@ NOT_FOR_COMPARING = (
     "just_visualise"
 ).split()
 
+EPILOG = """\
+examples:
+  python scripts/video_compare_solvers.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
+    --inference_mode autoreg --obs_length 4 --step_size 4 --subset_size 2
+  python scripts/video_compare_solvers.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg \\
+    --step_size 10 --subset_size 2 --reference_calls 200
+"""
+
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     add_arguments(parser, SampleConfig, SolverConfig, leave_out=NOT_FOR_COMPARING)
     return parser
 

@@ -15,6 +15,7 @@ import numpy as np
 from improved_diffusion.data.machine import code_version
 from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.comparison import video_differences
 from improved_diffusion.evaluation.curves import BITS, Curve
 from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import ReportConfig, as_words
@@ -167,33 +168,31 @@ def _cell(row: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
 
 def _summary(strategy: Strategy, score: Score) -> Mapping[str, Any] | None:
     if score.mode == BITS:
-        return _bits_summary(list(strategy.bits.values()))
+        return _of_videos(np.array(list(strategy.bits.values())))
     row = strategy.table.info.get("metrics", {}).get(score.mode)
     return row if row is None or score.column is None else row["columns"][score.column]
 
 
-def _bits_summary(bits: list[float]) -> dict[str, Any]:
-    mean, error = metric_tables.mean_and_error(np.array(bits))
-    return {"n": len(bits), "mean": mean, "standard_error": error}
+def _of_videos(numbers: np.ndarray) -> dict[str, Any]:
+    """The summary of one number per video."""
+    mean, error = metric_tables.mean_and_error(numbers)
+    return {"n": len(numbers), "mean": mean, "standard_error": error}
 
 
 def _difference(strategy: Strategy, base: Strategy, score: Score) -> Mapping[str, Any] | None:
     """None where the two were not computed on the same frames of the same videos."""
     if score.mode == BITS:
         videos = strategy.bits.keys() & base.bits.keys()
-        return _bits_summary([strategy.bits[video] - base.bits[video] for video in videos])
+        return _of_videos(np.array([strategy.bits[v] - base.bits[v] for v in videos]))
     tables = strategy.table, base.table
     if not all(score.mode in table.values for table in tables):
         return None
     ours, theirs = ([t.info.get(k) for k in metric_tables.COMPARED] for t in tables)
     if ours != theirs:
         return None
-    values, others = (table.values[score.mode] for table in tables)
-    with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
-        difference = values - others
-    return metric_tables.summarise(
-        difference if score.column is None else difference[..., score.column]
-    )
+    chosen = slice(None) if score.column is None else [score.column]
+    values, others = (table.values[score.mode][..., chosen] for table in tables)
+    return _of_videos(video_differences(others, values))
 
 
 def _floor(strategies: Sequence[Strategy], mode: str) -> tuple[str, str] | None:
