@@ -167,7 +167,7 @@ COLLECTIVES = """
 """
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_collectives_of_two_processes(tmp_path, launcher):
     script = tmp_path / "collectives.py"
     script.write_text(textwrap.dedent(COLLECTIVES.format(torchrun=launcher == "torchrun")))

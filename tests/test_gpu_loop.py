@@ -54,6 +54,7 @@ def logged(run_id: str) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- running ahead
 
 
+@pytest.mark.slow
 def test_a_loop_that_runs_ahead_computes_and_logs_what_one_that_waits_does(
     videos, fused, monkeypatch
 ):

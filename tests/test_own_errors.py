@@ -91,6 +91,7 @@ def test_microbatches_leave_the_frames_as_they_are(videos):
     torch.testing.assert_close(frames, whole, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_updates_own_random_numbers_stay_as_they_are(videos):
     """Where no item observes anything, a run with it is the run without it, bit for bit."""
     options = {"mask_distribution": "filled", "mask_options": {"unconditional_share": 1.0}}
@@ -144,6 +145,7 @@ def test_an_impossible_share_is_refused(share):
         TrainConfig(dataset="x", resample_observed=share)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_fine_tunes_and_samples_with_the_published_command(videos):
     data = make_folder_dataset(Path("data"))
     old = make_checkpoint(Path("published/ema_0.9999_latest.pt"), data, predict_xstart=False)

@@ -96,6 +96,7 @@ def test_the_marker_is_away_while_the_latest_files_are_of_two_steps(store, monke
     assert load_run(RUN).step == 2
 
 
+@pytest.mark.slow
 def test_a_remote_run_resumes_like_a_local_one(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     videos = make_videos(tmp_path / "videos")

@@ -75,7 +75,7 @@ def test_a_first_save_that_was_killed_starts_at_0(videos, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["model", "ema_0.99", "opt"])
-@pytest.mark.parametrize("latest_only", [False, True])
+@pytest.mark.parametrize("latest_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_the_set_before_a_damaged_file(videos, caplog, kind, latest_only):
     make_loop(videos, resume_id="whole").run_loop()
     make_loop(videos, resume_id="run", max_steps=2).run_loop()

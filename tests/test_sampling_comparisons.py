@@ -32,6 +32,7 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
 
 
+@pytest.mark.slow
 def test_errors_shrink_with_calls_and_are_none_where_the_solution_is_asked_for(
     tmp_path,
     checkpoint,  # noqa: F811
@@ -65,6 +66,7 @@ def test_strategies_that_look_at_frames_and_impossible_calls_are_refused(checkpo
         SolverConfig(calls=(1, 4))
 
 
+@pytest.mark.slow
 def test_the_sweep_measures_what_it_has_sampled(checkpoint, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(
         FRAME_METRICS, "_entries", FRAME_METRICS._entries | {"lpips": (GreyDifference, "")}

@@ -85,6 +85,7 @@ def test_a_clip_of_ones_own_is_observed(checkpoint, tmp_path):  # noqa: F811
         sample(checkpoint, indices=None, obs_length=7, obs_video=str(tmp_path / "walk.npy"))
 
 
+@pytest.mark.slow
 def test_gibbs_sweeps_name_the_folder_and_refine_frames(checkpoint):  # noqa: F811
     options = {"indices": (0,), "inference_mode": "gibbs"}
     one = sample(checkpoint, **options)
@@ -117,6 +118,7 @@ class TestOptimalSchedule:
 
     search = ScheduleConfig(num_videos=2, num_timesteps=2)
 
+    @pytest.mark.slow
     def test_is_searched_by_array_tasks_and_used(self, options, checkpoint, monkeypatch):  # noqa: F811
         import torch
 

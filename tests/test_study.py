@@ -115,6 +115,7 @@ def test_impossible_studies_are_refused(options, message):
 # ---------------------------------------------------------------- running
 
 
+@pytest.mark.slow
 def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
     monkeypatch.setattr(walks, "GAP_FRAMES", 2)
     study.run(config, run_script=ran)
@@ -233,6 +234,7 @@ def test_the_script_lists_commands_and_runs_none(config, capsys):
     assert not Path("results").exists()
 
 
+@pytest.mark.slow
 def test_the_script_runs_a_command_in_a_process_of_its_own(config):
     only = ["--only", "sample.ddpm*"]
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]

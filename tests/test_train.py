@@ -162,6 +162,7 @@ def test_resume_equals_an_unbroken_run_bit_for_bit(videos):
     assert column("checkpoints/whole", "loss") == column("checkpoints/parts", "loss")
 
 
+@pytest.mark.slow
 def test_annealing_goes_on_where_it_was(videos):
     make_loop(videos, resume_id="whole", lr_anneal_steps=3, max_steps=0).run_loop()
     make_loop(videos, resume_id="parts", lr_anneal_steps=3, max_steps=1).run_loop()
@@ -378,7 +379,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_the_timesteps(videos):
         loop.run_loop()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_samples_are_drawn_at_their_interval(videos, precision):
     loop = make_loop(videos, sample_interval=2, max_steps=3, precision=precision)
     loop.run_loop()
@@ -442,6 +443,7 @@ def test_a_signal_lets_the_step_finish_and_saves(videos, number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_saves_and_exits_with_the_documented_code(
     videos, tmp_path
 ):

@@ -263,6 +263,7 @@ def test_the_error_of_clean_frames_is_logged_by_log_snr_without_weights():
         assert [error for _, error in logged] == pytest.approx(errors, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resuming_with_another_objective_or_optimiser_is_refused(videos):
     process = {"prediction": "v", "loss_weighting": "min-snr"}
     run = {

@@ -73,6 +73,7 @@ def test_the_same_weights_are_measured_alike_wherever_a_run_was_stopped():
     assert once == often
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_its_time():
     compare("--updates", 50, "--every", 1, "--seconds", 1e-3, runs=RUNS[:1])
     assert [row["updates"] for row in measurements()] == ["1"]
@@ -112,6 +113,7 @@ def test_no_runs_are_a_mistake():
         call_main(SCRIPT)
 
 
+@pytest.mark.slow
 def test_results_of_other_options_are_not_mixed_with_new_ones():
     compare("--updates", 1, runs=["a:"])
     with pytest.raises(ValueError, match="a.json: made with other options: give another --out"):

@@ -94,6 +94,7 @@ def test_padding_is_taken_out_and_frames_are_ordered():
     assert real.obs_mask.flatten().tolist() == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_measuring_is_logged_at_its_interval_repeats_itself_and_changes_nothing(videos):
     options = {"log_interval": 3, "max_steps": 4, "lr": 0.0, "valid_videos": 3}
     make_loop(videos, {"dropout": 0.1}, resume_id="with", valid_interval=2, **options).run_loop()

@@ -256,6 +256,7 @@ def test_a_truncated_or_foreign_checkpoint_is_named(checkpoint, tmp_path):
             sample(checkpoint)
 
 
+@pytest.mark.slow
 def test_the_documented_array_job_command_works(checkpoint, tmp_path):
     """The user's command for several machines, two sample indices, one array task."""
     for index in ("0", "1"):

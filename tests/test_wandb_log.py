@@ -21,6 +21,7 @@ def folder(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tables_and_videos_are_in_the_offline_run_of_the_checkpoint(folder, tmp_path):
     words = ("--eval_dir", folder, "--modes", "psnr", "ssim", "--log_to_wandb")
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}

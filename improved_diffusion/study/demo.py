@@ -39,12 +39,13 @@ LAST_FRAME = PREDICTIONS[-1]
 # Equal numbers of frames per call; the second gives most of them to what followed a moment like this.
 MAZE_STRATEGIES = (
     "--inference_mode autoreg",
-    "--inference_mode recall-autoreg --distance l2 --recall_recent 1 --recall_window 6",
+    "--inference_mode recall-autoreg --distance l2 --recall_recent 1 --recall_window 6 "
+    "--recall_from observed",
 )
 MAZE_SAMPLING = (
     "--T {maze_T} --obs_length 60 --step_size 3 --max_frames 7 --sampler {sampler} "
-    "--timestep_respacing {maze_timesteps} --seed {seed} --subset_size {maze_videos} "
-    "--batch_size {maze_videos} --device '{device}'"
+    "--spacing logsnr --timestep_respacing {maze_timesteps} --seed {seed} "
+    "--subset_size {maze_videos} --batch_size {maze_videos} --device '{device}'"
 )
 
 RUN_ID = "demo"

@@ -314,9 +314,11 @@ class TrainStep:
             return torch.func.functional_call(self.network, ema, args, kwargs)
 
         self.network.eval()
-        with torch.no_grad():
-            yield Denoiser(network, diffusion or self.diffusion, autocast=self._autocast)
-        self.network.train()
+        try:
+            with torch.no_grad():
+                yield Denoiser(network, diffusion or self.diffusion, autocast=self._autocast)
+        finally:
+            self.network.train()
 
     # ------------------------------------------------------------ what a resume needs
 
