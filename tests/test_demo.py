@@ -8,7 +8,7 @@ from improved_diffusion.data import ray_mazes
 
 SIZES = (
     "--num_videos 1 --T 6 --obs_length 2 --max_frames 4 --step_size 2 --timesteps 2 "
-    "--warm_up_updates 2 --maze_T 100 --maze_timesteps 1"
+    "--warm_up_updates 2 --maze_T 100 --maze_timesteps 2"
 ).split()
 
 

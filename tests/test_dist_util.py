@@ -190,7 +190,12 @@ def test_srun_variables_are_enough(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script)],
-            env={**common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_JOB_ID": "4711"},
+            env={
+                **common,
+                "SLURM_PROCID": str(i),
+                "SLURM_LOCALID": str(i),
+                "SLURM_JOB_ID": str(os.getpid()),
+            },
         )
         for i in range(2)
     ]
