@@ -1,5 +1,6 @@
 """Launch detection, and collectives over two real processes."""
 
+import os
 import subprocess
 import sys
 import textwrap
