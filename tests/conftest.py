@@ -31,6 +31,14 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return make_videos(tmp_path / "videos")
 
 
+@pytest.fixture
+def random_alexnet(tmp_path: Path) -> Path:
+    """The file of an AlexNet that knows nothing."""
+    from helpers import write_random_alexnet
+
+    return write_random_alexnet(tmp_path)
+
+
 @pytest.fixture(autouse=True)
 def no_run_stays_locked() -> Iterator[None]:
     """A loop that a test makes but does not run to its end holds its run; let go of it."""

@@ -10,14 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golden_fill import weights
+from golden_fill import array, weights
 from improved_diffusion import dist_util
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
+from improved_diffusion.data.metric_weights import ALEXNET_FILE
 from improved_diffusion.training.options import TrainConfig
 from improved_diffusion.training.start import create_train_loop
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+ALEXNET_SHAPES = {
+    0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
+    10: (256, 256, 3, 3),
+}  # fmt: skip
 
 
 def run_script(name: str, *args: object, cwd: Path, env: dict[str, str] | None = None, launcher=()):
@@ -95,3 +100,16 @@ def train_one_step(dataset: str, data: DataConfig | None = None, max_frames: int
     diffusion = DiffusionConfig(diffusion_steps=3, noise_schedule="cosine", predict_xstart=True)
     create_train_loop(train, data or DataConfig(), model, diffusion).run_loop()
     return "checkpoints/tiny/ema_0.9999_latest.pt"
+
+
+def write_random_alexnet(folder: Path) -> Path:
+    """A backbone file of the right shapes, so that LPIPS runs without the fetched weights."""
+    state_dict = {}
+    for position, shape in ALEXNET_SHAPES.items():
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        weight = array(f"alex{position}", shape, scale)
+        state_dict[f"features.{position}.weight"] = torch.from_numpy(weight)
+        state_dict[f"features.{position}.bias"] = torch.zeros(shape[0])
+    path = folder / ALEXNET_FILE
+    torch.save(state_dict, path)
+    return path

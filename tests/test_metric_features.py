@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from golden_fill import array
-from improved_diffusion.data.metric_weights import ALEXNET_FILE, sha256
+from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.evaluation.feature_file import FileFeatures
 from improved_diffusion.evaluation.features import AlexNetFeatures, I3DFeatures, MotionFeatures
 from improved_diffusion.evaluation.measurements import Workshop
 from improved_diffusion.evaluation.metrics import Lpips, psnr
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.script_util import config_from_args
-from test_metrics import ALEXNET_SHAPES
 
 
 def walk(T: int = 24, size: int = 32, seed: int = 0) -> np.ndarray:
@@ -25,19 +23,6 @@ def walk(T: int = 24, size: int = 32, seed: int = 0) -> np.ndarray:
     frames = [np.roll(wave, -t, axis=0)[:size] for t in range(T)]
     levels = np.array([90, 60, 30])[:, None, None]
     return (128 + levels * np.stack(frames)[:, None]).astype(np.uint8)
-
-
-@pytest.fixture
-def alexnet(tmp_path) -> str:
-    state_dict = {}
-    for position, shape in ALEXNET_SHAPES.items():
-        scale = np.sqrt(2 / np.prod(shape[1:]))
-        weight = array(f"alex{position}", shape, scale)
-        state_dict[f"features.{position}.weight"] = torch.from_numpy(weight)
-        state_dict[f"features.{position}.bias"] = torch.zeros(shape[0])
-    path = tmp_path / ALEXNET_FILE
-    torch.save(state_dict, path)
-    return str(path)
 
 
 # ---------------------------------------------------------------- motion
@@ -52,11 +37,11 @@ def test_motion_of_an_even_change_is_known():
     np.testing.assert_allclose(found[1::2], 0, atol=1e-6)
 
 
-def test_motion_sees_the_order_of_frames_and_alexnet_does_not(alexnet):
+def test_motion_sees_the_order_of_frames_and_alexnet_does_not(random_alexnet):
     video = walk()
     shuffled = video[np.random.default_rng(0).permutation(len(video))]
     frozen = np.repeat(video[::4], 4, axis=0)
-    motion, frames = MotionFeatures(), AlexNetFeatures(AlexNetFeatures.Options(alexnet))
+    motion, frames = MotionFeatures(), AlexNetFeatures(AlexNetFeatures.Options(str(random_alexnet)))
     distance = [abs(motion.compute(v) - motion.compute(video)).max() for v in (shuffled, frozen)]
     assert min(distance) > 1
     of_video = frames.compute(video)
@@ -206,10 +191,10 @@ def test_files_that_are_no_network_or_return_no_features_are_refused(tmp_path):
 # ---------------------------------------------------------------- arithmetic and memory
 
 
-def test_bf16_is_another_number_and_says_so(alexnet):
+def test_bf16_is_another_number_and_says_so(random_alexnet):
     samples, truth = walk(4), walk(4, seed=1)
-    exact = Lpips(Lpips.Options(alexnet))
-    rough = Lpips(Lpips.Options(alexnet, lpips_precision="bf16"))
+    exact = Lpips(Lpips.Options(str(random_alexnet)))
+    rough = Lpips(Lpips.Options(str(random_alexnet), lpips_precision="bf16"))
     assert "precision" not in exact.settings()
     assert rough.settings() == exact.settings() | {"precision": "bf16"}
     one, two = exact.compute(samples, truth), rough.compute(samples, truth)

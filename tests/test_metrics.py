@@ -17,10 +17,6 @@ from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.lpips_util import load_lpips, lpips_distance, lpips_embedding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
-ALEXNET_SHAPES = {
-    0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
-    10: (256, 256, 3, 3),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +26,6 @@ def frames():
     truth = np.clip(128 + 50 * array(GOLDEN["tag"] + "/gt", shape), 0, 255).astype(np.uint8)
     difference = (20 * array(GOLDEN["tag"] + "/diff", shape)).astype(int)
     return np.clip(truth.astype(int) + difference, 0, 255).astype(np.uint8), truth
-
-
-@pytest.fixture
-def random_alexnet(tmp_path):
-    """A backbone file of the right shapes, so that LPIPS runs without the fetched weights."""
-    state_dict = {}
-    for position, shape in ALEXNET_SHAPES.items():
-        scale = np.sqrt(2 / np.prod(shape[1:]))
-        weight = array(f"alex{position}", shape, scale)
-        state_dict[f"features.{position}.weight"] = torch.from_numpy(weight)
-        state_dict[f"features.{position}.bias"] = torch.zeros(shape[0])
-    path = tmp_path / ALEXNET_FILE
-    torch.save(state_dict, path)
-    return path
 
 
 def symmetric(frames):

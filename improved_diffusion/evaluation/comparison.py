@@ -118,9 +118,9 @@ def _distances_differ(metric: str, first: Measurements, other: Measurements) -> 
     of_each = []
     for measured in (first, other):
         scored = measured.scored
-        sets = [list(clips) for clips in zip(*scored.sample_clips, strict=True)]
         settings = measured.metrics[metric].settings
-        of_each.append(measured.statistic(metric, settings, sets, scored.truth_clips))
+        sets, truth = scored.sample_sets, scored.truth_clips
+        of_each.append(measured.statistic(metric, settings, sets, truth))
     of_first, of_other = of_each
     if of_first is None or of_other is None:
         return None

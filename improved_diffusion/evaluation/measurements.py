@@ -173,8 +173,8 @@ class Measurements:
         """
         scored, kind = self.scored, kind or _kind(name)
         if kind == "videos":
-            sets = zip(*scored.sample_clips, strict=True)
-            found = [self.distance(name, settings, s, scored.truth_clips) for s in sets]
+            truth = scored.truth_clips
+            found = [self.distance(name, settings, s, truth) for s in scored.sample_sets]
             return None if None in found else np.array(found, dtype=np.float64)
         rows = []
         for position, samples in enumerate(scored.sample_clips):
@@ -248,10 +248,11 @@ class Measurements:
         ready = self.metrics.get(name)
         if ready is None or ready.settings != settings:
             return None
-        found = [self._features(ready, clips) for clips in (*sets, truth)]
-        *samples, real = (features for features in found if features is not None)
-        if len(samples) < len(sets):
+        every = (self._features(ready, clips) for clips in (*sets, truth))
+        found = [features for features in every if features is not None]
+        if len(found) <= len(sets):
             return None
+        *samples, real = found
         compute = ready.measure.compute
         return lambda chosen: float(np.mean([compute(s[chosen], real[chosen]) for s in samples]))
 

@@ -21,16 +21,15 @@ from tqdm import tqdm
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import paths
-from improved_diffusion.data.frame_batch import FrameBatch, SymmetricView
+from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.evaluation.metric_tables import load_elbo, mean_and_error
 from improved_diffusion.evaluation.options import NllConfig
-from improved_diffusion.inference_utils import InferenceStrategyBase
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE
-from improved_diffusion.sampling.plan import OneClip, Task, chosen_batches, own_jobs
+from improved_diffusion.sampling.plan import OneClip, Task, VideoPlan, chosen_batches, own_jobs
 from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class StepBound:
 
 def video_bounds(
     bound: StepBound,
-    strategy: InferenceStrategyBase,
+    plan: VideoPlan,
     frames: np.ndarray,
     video: int,
     partial: Path,
@@ -99,15 +98,11 @@ def video_bounds(
     """
     kept = _kept(partial)
     done = [] if kept is None else list(kept)
-    if strategy.is_adaptive:
-        strategy.set_videos(SymmetricView(frames[None]))  # type: ignore[attr-defined]
-    for step, (observed, latent) in enumerate(strategy):
-        if step < len(done):
+    for step in plan.steps_of(frames):
+        if step.stage < len(done):
             continue
-        if strategy.is_adaptive:
-            observed, latent = observed[0], latent[0]
-        indices = [*observed, *latent]
-        done.append(bound(frames[indices], indices, len(observed), (video, step)))
+        indices = [*step.observed, *step.latent]
+        done.append(bound(frames[indices], indices, len(step.observed), (video, step.stage)))
         try:
             _save(partial, done)
         except OSError as error:  # it only saves making them again
@@ -238,7 +233,7 @@ def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int])
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
         frames = source.read(video, range(task.plan.T))
         partial = paths.elbo_partial_path(task.eval_dir, video)
-        bits = video_bounds(bound, task.plan.strategy(), frames, video, partial)
+        bits = video_bounds(bound, task.plan, frames, video, partial)
         _save(paths.elbo_path(task.eval_dir, video), bits)
         partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others are not finished yet

@@ -167,6 +167,11 @@ class ScoredSet:
             for video in self.videos
         ]
 
+    @property
+    def sample_sets(self) -> list[list[Clip]]:
+        """The same [samples][videos]: the sets whose distance from the truth is measured."""
+        return [list(clips) for clips in zip(*self.sample_clips, strict=True)]
+
     @functools.cached_property
     def floor_clips(self) -> list[Clip]:
         """True videos of the other partition to compare with, as many as are scored if there are.

@@ -82,11 +82,10 @@ def _row(
     if name not in VIDEO_METRICS:
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)
-    row = {"n": len(measured.scored.videos), "mean": mean, "standard_error": error}
     scored = measured.scored
-    sets = [list(clips) for clips in zip(*scored.sample_clips, strict=True)]
-    row |= _interval(measured.interval(name, settings, sets, scored.truth_clips))
-    truth = cache_name("truth", [clip.digest for clip in measured.scored.truth_clips])
+    row = {"n": len(scored.videos), "mean": mean, "standard_error": error}
+    row |= _interval(measured.interval(name, settings, scored.sample_sets, scored.truth_clips))
+    truth = cache_name("truth", [clip.digest for clip in scored.truth_clips])
     floor = _floor(measured, name, settings, truth)
     if floor is None and before.get("settings") == settings:
         floor = before.get("floor")

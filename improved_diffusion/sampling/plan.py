@@ -108,10 +108,13 @@ class VideoPlan:
         return self.schedule is not None and max(rounds_of(self.schedule), default=0) > 1
 
     def steps_of(self, frames: np.ndarray) -> Iterator[OrderedStep]:
-        """The inference steps of one video by an adaptive strategy.
+        """The inference steps of one video, one after the other.
 
-        frames: uint8 [T, 3, H, W], which holds the frames of the steps before when one is asked for.
+        frames: uint8 [T, 3, H, W], which holds the frames of the steps before when one is asked for;
+        adaptive strategies look at them.
         """
+        if self.schedule is not None:
+            return iter(self.schedule)
         strategy = self.strategy()
         strategy.set_videos(SymmetricView(frames[None]))  # type: ignore[attr-defined]
         return ordered_steps((observed, latent) for (observed,), (latent,) in strategy)

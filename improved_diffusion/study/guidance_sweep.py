@@ -17,6 +17,7 @@ from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.plan import Task
 from improved_diffusion.sampling.results import load_video
 from improved_diffusion.sampling.video_sampling import sample_dataset
+from improved_diffusion.study.markdown import markdown_table
 from improved_diffusion.study.options import GuidanceSweepConfig
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
     metrics = {name: FRAME_METRICS[name]() for name in ("psnr", "lpips")}
     for metric in metrics.values():
         metric.settings()  # which raises where there are no weights
-    rows = [["guidance", "against", "psnr", "lpips", "lpips between samples"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for against, weight in itertools.product(config.against, config.weights):
         if weight == 1 and against != config.against[0]:
             continue  # the same samples
@@ -48,13 +48,14 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
         shown = "-" if weight == 1 else against
         rows.append([f"{weight:g}", shown, *(_format(values) for values in scores)])
         logger.info(" ".join(rows[-1]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    heads = ["guidance", "against", "psnr", "lpips", "lpips between samples"]
+    return markdown_table(heads, rows)
 
 
 def _scores(options: SampleConfig, metrics: dict[str, FrameMetric]) -> list[np.ndarray]:
     """psnr, lpips, and lpips between the first two samples, [videos] each, of the sampled frames."""
     eval_dir, task = sample_dataset(options), Task.resolve(options)
-    observed = set(task.plan.strategy().observed_from_data)
+    observed = set(task.plan.observed_from_data)
     sampled = [frame for frame in range(task.plan.T) if frame not in observed]
     source = task.source()
     rows = []

@@ -10,6 +10,7 @@ import numpy as np
 
 from improved_diffusion.data.frame_masks import create_mask_distribution
 from improved_diffusion.registry import MASK_DISTRIBUTIONS
+from improved_diffusion.study.markdown import markdown_table
 
 HEADER = (
     "T, K", "masks", "observe nothing", "like a query", "full", "frames of the video", "ms a draw"
@@ -60,10 +61,10 @@ def parse_sizes(text: str) -> tuple[int, int]:
 
 def format_shares(sizes: Sequence[str], *, draws: int, seed: int) -> str:
     """A table in Markdown of all registered distributions at these sizes ("300x20")."""
-    lines = [HEADER, ("---",) * len(HEADER)]
+    rows = []
     for T, max_frames in map(parse_sizes, sizes):
         for name in MASK_DISTRIBUTIONS:
             *shares, milliseconds = mask_shares(name, T, max_frames, draws=draws, seed=seed)
             cells = [f"{100 * share:.1f} %" for share in shares]
-            lines.append((f"{T}, {max_frames}", name, *cells, f"{milliseconds:.2f}"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows.append((f"{T}, {max_frames}", name, *cells, f"{milliseconds:.2f}"))
+    return markdown_table(HEADER, rows)

@@ -19,6 +19,7 @@ from improved_diffusion.registry import SAMPLERS
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.plan import Task, chosen_batches
 from improved_diffusion.study.benchmark_cases import network_calls
+from improved_diffusion.study.markdown import markdown_table
 from improved_diffusion.study.options import SolverConfig
 
 logger = logging.getLogger(__name__)
@@ -36,15 +37,14 @@ def solver_errors(sampling: SampleConfig, config: SolverConfig) -> str:
     task = Task.resolve(sampling)
     batch, noise = first_step(task)
     exact = solution(task, batch, noise, (REFERENCE, "time", config.reference_calls))
-    rows = [["sampler", "spacing", *map(str, config.calls)]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for sampler in config.samplers:
         for spacing in config.spacings:
             ways = [(sampler, spacing, calls) for calls in config.calls]
             errors = [rms(solution(task, batch, noise, way) - exact) for way in ways]
             rows.append([sampler, spacing, *(f"{GREY_LEVELS * e:.2f}" for e in errors)])
             logger.info(" ".join(rows[-1]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["sampler", "spacing", *map(str, config.calls)], rows)
 
 
 def first_step(task: Task) -> tuple[FrameBatch, Tensor]:

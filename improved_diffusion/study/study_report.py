@@ -20,6 +20,7 @@ from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.registry import METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.trained_model import stored_dataset
+from improved_diffusion.study.markdown import markdown_table
 from improved_diffusion.study.options import StudyConfig
 from improved_diffusion.study.study import Cell, cells, command_time, commands, eval_dir, reference
 
@@ -137,7 +138,7 @@ def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
     if any(floors):
         numbers = [floor or "-" for floor in floors]
         rows.append(["true videos", "real against real", *numbers, "-", "-"])
-    return _markdown(["sampler", "strategy", *heads], rows)
+    return markdown_table(["sampler", "strategy", *heads], rows)
 
 
 def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
@@ -152,7 +153,7 @@ def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
             rows.append([name, cell.folder, cell.name, *counts, *values])
     heads = ["true pose", "sampler", "strategy", "frames", "videos", *_heads(modes)]
     # Rows of one class stand together.
-    return _markdown(heads, sorted(rows, key=lambda row: row[0])) if rows else ""
+    return markdown_table(heads, sorted(rows, key=lambda row: row[0])) if rows else ""
 
 
 def _heads(modes: Sequence[str]) -> list[str]:
@@ -222,8 +223,3 @@ def video_bounds(config: StudyConfig, cell: Cell) -> dict[str, float]:
     size = stored_dataset(config.dataset, EvalDir(folder).model_config()).image_size
     dimensions = (config.T - config.obs_length) * 3 * size**2
     return {file.name: float(metric_tables.load_elbo(file).sum()) / dimensions for file in files}
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -37,6 +37,7 @@ from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.results import read_json, write_json
 from improved_diffusion.sampling.trained_model import TrainedModel
 from improved_diffusion.script_util import add_arguments, config_from_args, parse_with_config
+from improved_diffusion.study.markdown import markdown_table
 from improved_diffusion.study.options import ComparisonConfig
 from improved_diffusion.study.study import RunScript
 from improved_diffusion.training.options import LaunchConfig, TrainConfig
@@ -325,13 +326,13 @@ def _write_csv(records: dict[str, list[dict[str, float]]], path: Path) -> None:
 def format_table(records: dict[str, list[dict[str, float]]]) -> str:
     """The last measurement of each run, a table in Markdown."""
     head = ["run", "updates", "minutes", *(f"error at log SNR {level}" for level in LEVELS), BOUND]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, rows in records.items():
         last = rows[-1]
         errors = [f"{last[str(level)]:.4f}" for level in LEVELS]
         times = [str(int(last["updates"])), f"{last['seconds'] / 60:.1f}"]
         lines.append([name, *times, *errors, f"{last[BOUND]:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def _draw(records: dict[str, list[dict[str, float]]], path: Path, *, by_time: bool) -> None:

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
+def _is_there(device: torch.device) -> bool:
+    """Whether it is a GPU, and not one of the fake tensors that tests compute on."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, behind all that the device is to do already.
 
     From pageable memory a copy would wait for the device to get there.
     """
-    if device.type == "cuda" and torch.cuda.is_available():
+    if _is_there(device):
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 
@@ -27,8 +32,7 @@ class SideCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        on_gpu = device.type == "cuda" and torch.cuda.is_available()
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._stream = torch.cuda.Stream(device) if _is_there(device) else None
 
     def __call__(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The items on the device."""
@@ -53,7 +57,7 @@ class Readback:
         self._arrived: torch.cuda.Event | None = None
         self._values = values
         if values.device.type == "cuda":
-            pinned = torch.cuda.is_available()
+            pinned = _is_there(values.device)
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
             self._values.copy_(values, non_blocking=True)
             if pinned:
