@@ -43,6 +43,7 @@ def test_the_example_of_readme_runs_as_pasted(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*.gif"))
 
 
+@pytest.mark.slow
 def test_a_video_is_the_one_that_the_script_samples(checkpoint):
     config = SampleConfig(
         checkpoint_path=checkpoint, inference_mode="hierarchy-2", step_size=2, obs_length=4,

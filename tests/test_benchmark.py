@@ -212,6 +212,7 @@ def test_mistakes_are_told_in_one_line(flags, words, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_that_line(tmp_path):
     done = run_script("video_benchmark.py", "--sizes", "huge", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1

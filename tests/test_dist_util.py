@@ -168,7 +168,8 @@ COLLECTIVES = """
 """
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_collectives_of_two_processes(tmp_path, launcher):
     script = tmp_path / "collectives.py"
     script.write_text(textwrap.dedent(COLLECTIVES.format(torchrun=launcher == "torchrun")))
@@ -179,6 +180,7 @@ def test_collectives_of_two_processes(tmp_path, launcher):
     assert done.stdout.count("fine") == 2
 
 
+@pytest.mark.slow
 def test_srun_variables_are_enough(tmp_path):
     script = tmp_path / "collectives.py"
     script.write_text(textwrap.dedent(COLLECTIVES.format(torchrun=True)))

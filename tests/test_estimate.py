@@ -81,6 +81,7 @@ def test_mfu_is_of_the_data_sheet():
     assert estimate.card_of("NVIDIA GeForce") is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_card_and_measures_nothing(
     tmp_path, monkeypatch, capsys
 ):

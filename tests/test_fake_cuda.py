@@ -50,7 +50,9 @@ def make_batch():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"precision": "bf16"}, {"use_fp16": True}], ids=["fp32", "bf16", "fp16"]
+    "options",
+    [{}, pytest.param({"precision": "bf16"}, marks=pytest.mark.slow), {"use_fp16": True}],
+    ids=["fp32", "bf16", "fp16"],
 )
 def test_a_training_step(cuda, options, monkeypatch):
     norms = []

@@ -177,6 +177,7 @@ def test_i3d_does_not_depend_on_the_size_of_its_time_slices(random_i3d):
     torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_the_batch_size(random_i3d):
     videos = noise(2, 10, 3, 16, 16)
     one = fvd.video_features(videos, weights=random_i3d)

@@ -139,6 +139,7 @@ def test_no_number_is_read_between_two_rows_of_the_log(videos, fused, options):
 
 
 @pytest.mark.parametrize("half", [False, True])
+@pytest.mark.slow
 def test_updates_go_on_while_the_device_has_computed_nothing(monkeypatch, half):
     """On the meta device whatever reads a value raises; only the readback's is given here."""
     monkeypatch.setattr(train_step, "can_skip", lambda optimizer: True)
@@ -175,6 +176,7 @@ def test_updates_go_on_while_the_device_has_computed_nothing(monkeypatch, half):
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_while_training_goes_on_and_holds_its_own_step(videos, monkeypatch):
     options = {"save_interval": 2, "max_steps": 3}
     make_loop(videos, resume_id="whole", **options).run_loop()

@@ -150,7 +150,8 @@ def test_where_nothing_is_observed_there_is_nothing_to_guide():
 
 
 @pytest.mark.parametrize("options, suffix", [
-    ({"guidance": 2.0, "sampler": "unipc", "timestep_respacing": "3"}, "_unipc_respace3_g2-nothing"),
+    pytest.param({"guidance": 2.0, "sampler": "unipc", "timestep_respacing": "3"},
+                 "_unipc_respace3_g2-nothing", marks=pytest.mark.slow),
     ({"guidance": 1.5, "guidance_against": "subset", "guidance_interval": (0.1, 5)},
      "_g1.5-subset-0.1-5"),
 ])  # fmt: skip
@@ -185,6 +186,7 @@ def test_a_folder_keeps_to_one_guidance_and_spacing(checkpoint):  # noqa: F811
         sample(checkpoint, eval_dir="a")
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_guides_and_is_known_by_its_weights(checkpoint, tmp_path):  # noqa: F811
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["out.2.bias"] += 0.3

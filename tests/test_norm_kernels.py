@@ -74,7 +74,9 @@ def call(norm, *fixed):
     return function
 
 
-@pytest.mark.parametrize("silu, rows", [(True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    "silu, rows", [(True, 0), pytest.param(False, 1, marks=pytest.mark.slow), (True, 2)]
+)
 def test_values_and_gradients_with_rows_of_scale_and_shift(tiles, silu, rows):
     norm, x = layer(96, silu), images(96, 5, 3)
     inputs = [x, norm.weight, norm.bias]

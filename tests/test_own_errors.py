@@ -106,6 +106,7 @@ def test_the_updates_own_random_numbers_stay_as_they_are(videos):
     ("masks", "precision", "microbatch"),
     [("mixed", "fp32", 1), pytest.param("queries", "bf16", -1, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_resume_equals_an_unbroken_run_bit_for_bit(videos, masks, precision, microbatch):
     options = {
         "mask_distribution": masks,

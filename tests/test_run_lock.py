@@ -206,6 +206,7 @@ def videos(tmp_path, monkeypatch):
     return make_videos(tmp_path / "videos")
 
 
+@pytest.mark.slow
 def test_a_second_job_of_a_run_says_who_holds_it_and_leaves_its_files_alone(videos, tmp_path):
     loop = make_loop(videos, resume_id="run", max_steps=2)
     half = tmp_path / "checkpoints" / "run" / ".opt_000002.pt.abc.tmp"

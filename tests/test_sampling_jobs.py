@@ -32,6 +32,7 @@ def test_status_lists_what_is_missing_and_the_array_tasks_that_make_it(checkpoin
     assert capsys.readouterr().out.startswith("2 of 2 videos")
 
 
+@pytest.mark.slow
 def test_ranks_split_the_videos(checkpoint, tmp_path):  # noqa: F811
     mpiexec = Path(sys.executable).parent / "mpiexec"
     done = run_script(
@@ -135,6 +136,7 @@ class TestOptimalSchedule:
         assert eval_dir.path == paths_found[0].parent
         assert load(eval_dir, 0).shape[0] == 8
 
+    @pytest.mark.slow
     def test_reads_copies_of_the_training_videos_where_asked(self, options, tmp_path):
         options = dataclasses.replace(options, cache_dir=str(tmp_path / "cache"))
         optimal_schedule.find_schedule(options, self.search)

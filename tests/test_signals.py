@@ -82,6 +82,7 @@ def test_a_signal_at_any_moment_gives_75_or_0_and_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["closing", "leaving"])
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_leaves_exit_code_0(tmp_path, when):
     make_videos(tmp_path / "videos")
     script = tmp_path / "late.py"

@@ -146,6 +146,7 @@ def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypa
     assert len(ran) == 13
 
 
+@pytest.mark.slow
 def test_only_chosen_commands_run_each_with_a_record_of_its_own(config, ran):
     study.run(config, ["sample.*.autoreg"], run_script=ran)
     assert ran == ["video_sample.py"] * 2
@@ -256,6 +257,7 @@ def test_a_block_in_place_of_a_script_shows_and_records_its_command(caplog):
     assert "$ python scripts/video_plot.py --eval_dir 'a b'" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_named(config, capfd):
     folder = helpers.ROOT / "scripts"
     with pytest.raises(ValueError, match="scripts/video_plot.py ended with exit code 1"):

@@ -388,6 +388,7 @@ def test_samples_are_drawn_at_their_interval(videos, precision):
     assert loop.train_step.network.training
 
 
+@pytest.mark.slow
 def test_drawing_samples_does_not_change_the_run(videos):
     make_loop(videos, {"dropout": 0.1}, resume_id="with", sample_interval=1, max_steps=2).run_loop()
     make_loop(

@@ -127,6 +127,7 @@ def test_a_rank_that_raises_ends_the_whole_run_with_its_message(videos, tmp_path
     assert "rank one is ill" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_under_mpiexec_ends_all_ranks_in_one_line(videos, tmp_path):
     done = train(tmp_path, *flags(videos, T=100), ranks=2)
     assert done.returncode != 0

@@ -284,6 +284,7 @@ dist_util.cleanup()
 """
 
 
+@pytest.mark.slow
 def test_two_mpi_ranks_read_each_video_of_an_epoch_once(in_tmp):
     make_named("mazes_cwvae", T=12, videos=7)
     command = [train_runs.MPIEXEC, "-n", "2", sys.executable, "-c", READ_ONE_EPOCH]

@@ -95,6 +95,7 @@ def test_array_tasks_make_one_batch_each_and_end_quietly_past_the_last(
     assert "past the last batch" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_subset_is_the_same_for_every_seed_and_sample(checkpoint):
     a = sample(checkpoint, indices=None, subset_size=2, eval_dir="a").samples()
     b = sample(
@@ -124,6 +125,7 @@ def test_finished_samples_are_skipped_and_broken_ones_made_again(checkpoint):
         ({"sampler": "heun"}, "_heun"),
     ],
 )
+@pytest.mark.slow
 def test_samplers_differ_in_folder_and_frames(checkpoint, options, suffix):
     ddpm = sample(checkpoint, indices=(0,))
     other = sample(checkpoint, indices=(0,), **options)
@@ -185,6 +187,7 @@ def test_videos_may_be_longer_than_the_data(checkpoint, caplog):
         )
 
 
+@pytest.mark.slow
 def test_clipping_and_precision_change_what_is_computed(checkpoint):
     plain = load(sample(checkpoint, indices=(0,), eval_dir="a"), 0)
     unclipped = load(sample(checkpoint, indices=(0,), eval_dir="b", clip_denoised=False), 0)
