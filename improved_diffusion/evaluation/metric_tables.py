@@ -10,7 +10,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,20 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     ):
         raise ValueError(f"{path} is no table {{metric: array of numbers}}: delete it")
     return table
+
+
+class ScoreTable(NamedTuple):
+    """{metric: values} of a table, and what the .json beside it says; both are empty where there is none."""
+
+    values: Mapping[str, np.ndarray]
+    info: Mapping[str, Any]
+
+
+def read_scores(path: Path | None) -> ScoreTable:
+    """The table `path` with its .json. Raises ValueError as `read_table`."""
+    if path is None or not path.exists():
+        return ScoreTable({}, {})
+    return ScoreTable(read_table(path), read_info(path))
 
 
 def write_table(path: Path, table: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
