@@ -62,8 +62,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 class ScoreTable(NamedTuple):
     """{metric: values} of a table, and what the .json beside it says; both are empty where there is none."""
 
-    values: Mapping[str, np.ndarray]
-    info: Mapping[str, Any]
+    values: dict[str, np.ndarray]
+    info: dict[str, Any]
 
 
 def read_scores(path: Path | None) -> ScoreTable:

@@ -83,7 +83,7 @@ def _row(
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)
     scored = measured.scored
-    row = {"n": len(scored.videos), "mean": mean, "standard_error": error}
+    row: dict[str, Any] = {"n": len(scored.videos), "mean": mean, "standard_error": error}
     found = measured.half_sampled(name, settings, scored.sample_sets, scored.truth_clips)
     row |= _interval(found)
     if found is not None:  # so that other tables can be compared with this one in pairs
