@@ -165,6 +165,13 @@ def test_an_interval_is_wide_enough_but_not_wider_than_a_known_error():
     assert found == again, "seeded"
 
 
+def test_an_interval_is_written_to_two_digits_of_its_width():
+    assert f"{Interval(0.24783, -2.5621, 3.0581):+}" == "+0.2 [-2.6, +3.1]"
+    assert f"{Interval(592.71, 480.34, 705.08)}" == "593 [480, 705]"
+    assert f"{Interval(-0.0009867, -0.008362, 0.006388)}" == "-0.0010 [-0.0084, 0.0064]"
+    assert f"{Interval(0.0, 0.0, 0.0):+}" == "+0 [+0, +0]"
+
+
 def test_halves_repeat_no_video_and_few_videos_have_no_interval():
     seen = []
 

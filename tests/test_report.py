@@ -1,5 +1,6 @@
 """The report of evaluation directories: what is in the page, what it says is missing, what it refuses."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -113,13 +114,13 @@ def test_the_schedule_is_the_one_that_was_sampled(folders):
 def test_scores_and_paired_differences_are_those_of_the_tables(folders):
     page = report(folders)
     tables = [evaluate.metric_tables.read_table(next(f.glob("metrics_*.pkl"))) for f in folders]
+    text = html.unescape(page).replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
     shown = plus_minus(summarise(tables[0]["psnr"]))
-    assert f"<td>{shown}<small>n = 3</small></td>" in page
+    assert f"<td>{shown}<small>n = 3</small></td>" in text
     for first, other in (tables, tables[::-1]):
         found = mean_interval(video_differences(first["psnr"], other["psnr"]))
-        shown = f"{found:+.4g}".replace("-", "\N{MINUS SIGN}")
         said = "not told apart" if found.holds_zero else "better" if found.low > 0 else "worse"
-        assert f"<td>{shown}<small>n = 3, {said}</small></td>" in page
+        assert f"<td>{found:+}<small>n = 3, {said}</small></td>" in text
 
 
 def test_metrics_of_several_numbers_have_a_table_with_a_head_for_each():
@@ -140,7 +141,7 @@ def test_metrics_of_several_numbers_have_a_table_with_a_head_for_each():
     first, second = (s.table.values["lap_psnr"][..., :1] for s in strategies)
     found = mean_interval(video_differences(first, second))
     assert name == "two" and cells[1] == ("-", "")
-    assert cells[0][0] == f"{found:+.4g}".replace("-", "\N{MINUS SIGN}")
+    assert cells[0][0].split() == f"{found:+}".replace("-", "\N{MINUS SIGN}").split()
 
 
 def scored_by_fvd(name: str, n: int, values: np.ndarray) -> Strategy:
@@ -167,7 +168,7 @@ def test_distances_are_compared_in_pairs_and_no_better_is_said_where_zero_is_ins
     assert equal_said == "n = 12, not told apart" and worse_said == "n = 12, worse"
     value, low, high = map(float, re.findall(r"[+\d.]+", worse))
     exact = mean_interval(5 + noise[1])
-    assert value == pytest.approx(exact.value, rel=1e-3)
+    assert value == pytest.approx(exact.value, abs=0.05)
     assert high - low == pytest.approx(exact.high - exact.low, rel=0.3), "what is shared cancels"
     (turned,) = difference_tables(shown, shown[2])
     assert turned.rows[0][1][0][1] == "n = 12, better"

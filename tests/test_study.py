@@ -332,4 +332,4 @@ def test_a_distance_stands_beside_its_paired_difference_with_an_interval(config)
         study.resolve(StudyConfig("memory_mazes", modes=("fvd",))), tables
     ).splitlines()
     first, second = (line.split(" | ")[2] for line in lines[2:])
-    assert first == "10 [8, 12]" and second == "15 [8, 12] (+5 [+5, +5])"
+    assert first == "10.0 [8.0, 12.0]" and second == "15.0 [8.0, 12.0] (+5.0000 [+5.0000, +5.0000])"

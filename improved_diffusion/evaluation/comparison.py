@@ -120,7 +120,7 @@ def format_differences(differences: Sequence[Difference]) -> str:
     for difference in differences:
         label = f"{difference.metric} {difference.column}".rstrip()
         lines.append(
-            f"{label}: {difference.other} minus {difference.first}: {difference.interval:+.4g} "
+            f"{label}: {difference.other} minus {difference.first}: {difference.interval:+} "
             f"({difference.n} videos, paired): {difference.verdict}"
         )
     return "\n".join(lines)

@@ -33,9 +33,12 @@ class Interval:
     high: float
     at_half: float = np.nan
 
-    def __format__(self, spec: str) -> str:
-        """As "value [low, high]", each number by `spec`."""
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+    def __format__(self, sign: str) -> str:
+        """As "value [low, high]", to two digits of what lies between them; `sign` "+" shows that of all."""
+        reach = max((self.high - self.low) / 2, abs(self.value) / 1000)
+        known = np.isfinite(reach) and reach > 0
+        form = f"{sign}.{max(0, 1 - int(np.floor(np.log10(reach))))}f" if known else f"{sign}.4g"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     @property
     def holds_zero(self) -> bool:

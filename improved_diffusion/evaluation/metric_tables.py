@@ -16,6 +16,7 @@ import numpy as np
 
 from improved_diffusion.data.metric_weights import NumpyUnpickler
 from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.evaluation.intervals import Interval
 from improved_diffusion.sampling.results import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -242,14 +243,13 @@ def plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
     """A summary's mean and standard error, this with two digits and both to the same place.
 
     Of a distance between sets of videos that has one, the 95 % interval stands in the place of the
-    error: "592.7 [480.3, 705.1]". sign: "+" to show it of positive numbers, too. "-" where there is no mean.
+    error: "593 [480, 705]". sign: "+" to show it of positive numbers, too. "-" where there is no mean.
     """
     mean, error = row["mean"], row["standard_error"]
     if mean is None:
         return "-"
     if "interval" in row:
-        low, high = (row["interval"][end] for end in ("low", "high"))
-        return f"{mean:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
+        return f"{Interval(mean, row['interval']['low'], row['interval']['high']):{sign}}"
     if not error:
         return f"{mean:{sign}.4g}"
     places = max(0, 1 - int(np.floor(np.log10(error))))

@@ -184,7 +184,7 @@ def _score(
 def _distance_difference(mode: str, first: ScoreTable, other: ScoreTable) -> str:
     """That of a distance with its interval, in brackets; empty where there is none."""
     found = {d.metric: d for d in find_differences({"first": first, "other": other})}
-    return f" ({found[mode].interval:+.4g})" if mode in found else ""
+    return f" ({found[mode].interval:+})" if mode in found else ""
 
 
 def _floor(tables: dict[Cell, ScoreTable], mode: str) -> str:

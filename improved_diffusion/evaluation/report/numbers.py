@@ -38,6 +38,13 @@ NAMED = {
     "arithmetic": "precision",
     "seed": "seed",
 }
+# What every directory should say; other options may be those of some strategies alone.
+EXPECTED = {
+    "seconds per video": "how long sampling took",
+    "version": "the version of the code that sampled",
+    "weights (SHA-256)": "the hash of the weights",
+    "checkpoint": "the checkpoint",
+}
 SAID_ELSEWHERE = ("inference_mode", "observed_frames")
 
 
@@ -149,13 +156,7 @@ def _facts(eval_dir: EvalDir) -> dict[str, str]:
 
 def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
     """Sentences on what the directory does not say."""
-    expected = {
-        "seconds per video": "how long sampling took",
-        "version": "the version of the code that sampled",
-        "weights (SHA-256)": "the hash of the weights",
-        "checkpoint": "the checkpoint",
-    }
-    unsaid = [words for what, words in expected.items() if what not in strategy.facts]
+    unsaid = [words for what, words in EXPECTED.items() if what not in strategy.facts]
     if unsaid:
         yield f"{strategy.name}: its folder does not say {', '.join(unsaid)}."
     if not strategy.table.values:

@@ -21,7 +21,7 @@ from improved_diffusion.evaluation.intervals import MIN_VIDEOS, Interval, mean_i
 from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import ReportConfig, as_words
 from improved_diffusion.evaluation.plots import axis_label, count_label
-from improved_diffusion.evaluation.report.numbers import Numbers, Strategy, gather_numbers
+from improved_diffusion.evaluation.report.numbers import EXPECTED, Numbers, Strategy, gather_numbers
 from improved_diffusion.evaluation.report.videos import Videos, gather_videos
 from improved_diffusion.registry import FRAME_METRICS, METRICS, SAMPLE_METRICS, VIDEO_METRICS
 
@@ -75,6 +75,7 @@ def render(config: ReportConfig, numbers: Numbers, videos: Videos) -> str:
         notes=notes(strategies),
         shared=shared,
         own=[name for name in facts if name not in shared],
+        expected=EXPECTED,
         left_out=[*numbers.left_out, *videos.left_out],
         command=shlex.join(["python", "scripts/video_report.py", *as_words([config])]),
         version=code_version(),
@@ -146,11 +147,8 @@ def difference_tables(strategies: Sequence[Strategy], base: Strategy) -> list[Ta
     for caption, scores in _scores(strategies):
         compared = [score for score in scores if not score.is_reference]
         rows = [(s.name, _difference_cells(s, base, compared)) for s in others]
-        said = (
-            f"{caption}Difference from {base.name} [95 % interval], paired over the same n videos; called "
-            "better or worse where the interval leaves out 0"
-        )
         if compared and rows:
+            said = f"{caption}Difference from {base.name}"
             tables.append(Table(said, [score.head for score in compared], rows))
     return tables
 
@@ -175,7 +173,7 @@ def _difference_cells(
 
 
 def _difference_cell(interval: Interval, n: int, said: str) -> tuple[str, str]:
-    return f"{interval:+.4g}".replace("-", "\N{MINUS SIGN}"), f"n = {n}, {said}"
+    return _typeset(f"{interval:+}"), f"n = {n}, {said}"
 
 
 def _why_not(strategy: Strategy, score: Score) -> str:
@@ -206,8 +204,13 @@ def _cell(row: Mapping[str, Any] | None) -> tuple[str, str]:
     if row is None or row["mean"] is None:
         return "-", ""
     infinite = f", {row['infinite']} infinite" if row.get("infinite") else ""
-    shown = metric_tables.plus_minus(row).replace("-", "\N{MINUS SIGN}")
-    return shown, f"n = {row['n']}{infinite}"
+    return _typeset(metric_tables.plus_minus(row)), f"n = {row['n']}{infinite}"
+
+
+def _typeset(numbers: str) -> str:
+    """Lines break between a value and its interval alone."""
+    spaced = numbers.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}[", " [")
+    return spaced.replace("-", "\N{MINUS SIGN}")
 
 
 def _summary(strategy: Strategy, score: Score) -> Mapping[str, Any] | None:
