@@ -85,7 +85,9 @@ def test_all_samples_and_their_truth_are_in_it_bit_for_bit(folders):
         np.testing.assert_array_equal(unpacked(stored), truth.read(shown["video"]))
 
 
-@pytest.mark.parametrize("T, size", [(1, 8), (700, 8), pytest.param(9, 1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "T, size", [(1, 8), (700, 8), pytest.param(9, 1500, marks=pytest.mark.slow)]
+)
 def test_frames_of_any_number_and_size_fit_into_pictures_that_browsers_draw(T, size):
     video = np.random.default_rng(0).integers(0, 9, (T, 3, size, size), dtype=np.uint8)
     np.testing.assert_array_equal(unpacked(sprites.sprites(video)._asdict()), video)

@@ -39,6 +39,7 @@ class PlaceMetric(SampleMetric):
     """A number of the samples and the same of the true videos. Needs a data set that the network knows."""
 
     columns = ("samples", "true videos")
+    references = ("true videos",)
     Options = PoseOptions
 
     def settings(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from improved_diffusion.config import (
 from improved_diffusion.registry import (
     FEATURES,
     FRAME_METRICS,
+    METRICS,
     SAMPLERS,
     SPACINGS,
     STRATEGIES,
@@ -23,8 +24,8 @@ from improved_diffusion.registry import (
     JoinedRegistry,
 )
 
-# Those that give one number: what a study's tables hold.
-METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
+# Those that give one number of a sample: what a comparison of ways to train asks for.
+SINGLE_METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,40 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The study of inference strategies (study.py); options left out are the data set's preset."""
+    """The study of inference strategies (study.py); options left out are its file's."""
 
-    dataset: str = field(metadata={"help": "memory_mazes or bouncy_balls", "positional": True})
-    checkpoint: str = option("", "checkpoint file (default: the preset's)")
-    out: str = option("", "folder of all results (default: results/study/<dataset>)")
-    obs_length: int = option(-1, "frames observed at the start (-1: the preset's)")
-    T: int = option(-1, "length of the videos (-1: the preset's)")
-    max_frames: int = option(-1, "frames given to the network at once (-1: the preset's)")
-    step_size: int = option(-1, "frames to sample in each inference step (-1: the preset's)")
-    num_videos: int = option(-1, "test videos to sample (-1: the preset's)")
-    strategies: str = option(
-        "autoreg,long-range,hierarchy-2,hierarchy-3,adaptive-hierarchy-2,independent",
-        "strategies to compare",
+    preset: str = field(
+        metadata={
+            "help": "bouncy_balls, colour_mazes, maze_laps, or a FILE like "
+            "improved_diffusion/study/presets/*.json",
+            "positional": True,
+        }
+    )
+    dataset: str = option("", "data set that the network was trained on")
+    checkpoint: str = option(
+        "", "checkpoint file (default: the one in checkpoints/pretrained/<dataset>)"
+    )
+    out: str = option("", "folder of all results (default: results/study/<name of the study>)")
+    obs_length: int = option(-1, "frames observed at the start (-1: the study's)")
+    T: int = option(-1, "length of the videos (-1: the study's)")
+    max_frames: int = option(-1, "frames given to the network at once (-1: the study's)")
+    step_size: int = option(-1, "frames to sample in each inference step (-1: the study's)")
+    num_videos: int = option(-1, "test videos to sample (-1: the study's)")
+    num_samples: int = option(-1, "samples of each (-1: the study's)")
+    strategies: tuple[str, ...] = option(
+        (),
+        'strategies to compare, each with options of its own: autoreg "recall-autoreg --recall_recent 1"',
         nargs="+",
+        item_type=str,
     )
-    solver_steps: int = option(
-        20, "timesteps of DPM-Solver++ 2M, which samples with all strategies"
-    )
-    ddpm_steps: int = option(100, "timesteps of DDPM, to compare with")
-    ddpm_strategies: str = option(
-        "autoreg,hierarchy-2", "strategies to sample with DDPM too (empty: none)", nargs="+"
-    )
-    elbo_videos: int = option(4, "test videos to bound the likelihood of (0: none)")
-    elbo_respacing: str = option("100", "timesteps of the chain that is bounded (empty: all)")
-    optimal: bool | None = option(
-        None, "also search an optimal schedule, and sample with it (default: the preset's)"
+    sampler: str = option("", "way of sampling, of", choices=SAMPLERS)
+    timesteps: int = option(-1, "timesteps of sampling (-1: the study's)")
+    spacing: str = option("", "which timesteps these are, of", choices=SPACINGS)
+    bound_videos: int = option(
+        -1, "test videos to estimate the bound on the likelihood of (0: none, -1: the study's)"
     )
     modes: tuple[str, ...] = option(
-        ("psnr", "ssim", "lpips", "fvd"),
+        (),
         "metrics to compute, of",
         choices=METRICS,
         nargs="+",
@@ -101,9 +107,6 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         fill_options(self)
-        check_positive(self, "solver_steps", "ddpm_steps")
-        if self.elbo_videos < 0:
-            raise ValueError(f"--elbo_videos {self.elbo_videos}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class ComparisonConfig:
     modes: tuple[str, ...] = option(
         ("psnr", "fvd"),
         "metrics to compute of the samples, of",
-        choices=METRICS,
+        choices=SINGLE_METRICS,
         nargs="+",
         item_type=str,
     )
