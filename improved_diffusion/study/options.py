@@ -32,28 +32,34 @@ SINGLE_METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 class DemoConfig:
     """The demonstration (demo.py)."""
 
-    minutes: float = option(5.0, "minutes of training (0: only show the pretrained network)")
+    minutes: float = option(5.0, "minutes of training (0: only show the network for mazes)")
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
-    num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
-    T: int = option(20, "length of the videos")
-    obs_length: int = option(8, "frames observed at the start")
-    max_frames: int = option(16, "frames given to the network at once")
-    step_size: int = option(6, "frames to sample in each inference step")
-    timesteps: int = option(20, "timesteps of sampling")
-    warm_up_updates: int = option(20, "updates that measure the speed of this machine")
     maze_checkpoint: str = option(
-        "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt",
-        "network that continues laps of mazes before anything is trained",
+        "", "network that continues laps of mazes (default: the one that comes with the repository)"
     )
-    maze_videos: int = option(1, "mazes to show it on")
-    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
-    maze_timesteps: int = option(8, "timesteps of sampling them")
+    maze_indices: tuple[int, ...] = option(
+        (22,),
+        "test videos of maze_laps to show it on; the default has the shortest lap, of 40 frames",
+        nargs="+",
+        item_type=int,
+    )
+    maze_T: int = option(180, "length of these videos, of which 60 frames are observed")
+    maze_timesteps: int = option(6, "timesteps of sampling them")
+    balls_checkpoint: str = option(
+        "", "network for bouncy_balls to compare with (default: as for mazes)"
+    )
+    num_videos: int = option(8, "test videos of bouncy_balls to sample")
+    T: int = option(20, "length of these videos")
+    obs_length: int = option(8, "frames observed at their start")
+    timesteps: int = option(10, "timesteps of sampling them")
+    queries: int = option(12, "held-out inference steps to measure errors on")
+    warm_up_updates: int = option(20, "updates that measure the speed of this machine")
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
-        check_positive(self, "maze_videos", "maze_timesteps")
-        if self.minutes < 0:
+        check_positive(self, "num_videos", "obs_length", "timesteps", "queries", "warm_up_updates")
+        check_positive(self, "maze_timesteps")
+        if not self.minutes >= 0:
             raise ValueError(f"--minutes {self.minutes}: must not be negative")
 
 
