@@ -17,6 +17,14 @@ INLINE = re.findall(r"`(python scripts/[^`]*)`", README)  # in tables and senten
 COMMANDS = [
     match for block in [*BLOCKS, *INLINE] for match in COMMAND.findall(block.replace("\\\n", " "))
 ]
+# Those of the other pages, which are not part of longer lines.
+DOCS = [
+    line.partition("  #")[0]
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
+    for line in block.splitlines()
+    if line.startswith("python scripts/")
+]
 # Of the published README, whose placeholder of a path has one of this README's in its place.
 PUBLISHED = (
     "video_train.py --num_workers 10 --T=300 --batch_size=8 --max_frames 20 --dataset=mazes_cwvae "
@@ -44,6 +52,12 @@ def load_script(path: str):
 @pytest.mark.parametrize("script, arguments", COMMANDS)
 def test_commands_parse(script, arguments):
     words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", arguments))
+    load_script(script).create_argparser().parse_args(words)
+
+
+@pytest.mark.parametrize("command", DOCS)
+def test_commands_of_the_docs_parse(command):
+    script, *words = shlex.split(command)[1:]
     load_script(script).create_argparser().parse_args(words)
 
 
