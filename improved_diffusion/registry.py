@@ -237,6 +237,10 @@ STRATEGIES = Registry(
         ),
         "parallel-hierarchy-3": (f"{_OTHER_ORDERS}:ParallelHierarchy3", "the same in three levels"),
         "parallel-hierarchy-4": (f"{_OTHER_ORDERS}:ParallelHierarchy4", "the same in four levels"),
+        "semi-parallel-hierarchy-3": (
+            f"{_OTHER_ORDERS}:SemiParallelHierarchy3",
+            "parallel-hierarchy-3 whose middle level is made from start to end",
+        ),
         "end-to-start": (
             f"{_OTHER_ORDERS}:EndToStart",
             "from the last frames to the first, observing the start and the frames just after",
@@ -315,6 +319,10 @@ VIDEO_METRICS = Registry(
             f"{_HERE}.evaluation.distances:Motion",
             "Fréchet distance of statistics of frame differences",
         ),
+        "fvmd": (
+            f"{_HERE}.evaluation.distances:Fvmd",
+            "Fréchet distance of histograms of tracked points' motion: needs --tracker FILE",
+        ),
     },
 )
 
@@ -345,6 +353,10 @@ FEATURES = Registry(
         "motion": (
             f"{_HERE}.evaluation.features:MotionFeatures",
             "statistics of frame differences, without a network",
+        ),
+        "tracks": (
+            f"{_HERE}.evaluation.tracks:TrackFeatures",
+            "FVMD's histograms of tracked points' velocity and acceleration: needs --tracker FILE",
         ),
         "file": (
             f"{_HERE}.evaluation.feature_file:FileFeatures",

@@ -324,7 +324,7 @@ def test_several_numbers_of_a_sample_have_a_row_each_and_those_of_the_truth_one(
         "| --- | --- | --- | --- |",
         "| autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 |",
         "| autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
-        "| recall-autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 (+2 [+1, +3]) |",
+        "| recall-autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 (+2.0 [+1.0, +3.0]) |",
         "| recall-autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
         "| - | one period earlier | 12.0 ± 1.0 | inf |",
     ]
