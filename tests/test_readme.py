@@ -11,6 +11,7 @@ from improved_diffusion.registry import SAMPLERS, STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 COMMAND = re.compile(r"python (scripts/\w+\.py)((?: +[^;&\n\"]+)?)")
 INLINE = re.findall(r"`(python scripts/[^`]*)`", README)  # in tables and sentences
@@ -83,6 +84,25 @@ def test_help_says_what_strategies_and_samplers_are():
     for registry in (STRATEGIES, SAMPLERS):
         for line in registry.help().splitlines():
             assert line in " ".join(text.split())
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text())
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
 def test_every_script_is_shown_and_short():

@@ -62,7 +62,7 @@ RUN_ID = "demo"
 DATASET = "bouncy_balls"
 EMA_RATE = "0.9999"
 SHOWN_FRAMES = (1, 2, 4, 8)  # predicted frames in the closing table, beside the last one
-CHUNK_S = 60  # training looks at the clock about so often
+CHUNK_S = 100  # training looks at the clock about so often
 
 # Frames of 16x16 and six of them in a call: a size at which minutes of a CPU teach something.
 TRAINING = (

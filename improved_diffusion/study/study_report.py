@@ -1,7 +1,6 @@
 """The report of a study (study.py): tables with n, standard errors and intervals of differences.
 
-Nothing that the scripts measure is computed again: numbers come from what they wrote, and differences
-from what they keep beside it.
+Nothing that the scripts measure is computed again: all comes from the tables that they wrote.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.evaluation import metric_tables
-from improved_diffusion.evaluation.comparison import Difference
-from improved_diffusion.evaluation.evaluate import evaluate
+from improved_diffusion.evaluation.comparison import find_differences
 from improved_diffusion.evaluation.intervals import Interval, mean_interval
-from improved_diffusion.evaluation.options import EvalConfig
-from improved_diffusion.registry import METRICS, SAMPLE_METRICS, VIDEO_METRICS
+from improved_diffusion.evaluation.metric_tables import ScoreTable
+from improved_diffusion.registry import METRICS, SAMPLE_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.trained_model import stored_dataset
 from improved_diffusion.study.arms import Arm, arms
@@ -36,8 +34,9 @@ Differences = Mapping[tuple[str, str, str], Interval]
 
 def write_report(config: StudyConfig) -> Path:
     """Write `<out>/tables.md` from all that is there; returns its path. Gaps are shown as "-"."""
-    infos = {arm: metric_tables.read_info(table_path(config, arm)) for arm in arms(config)}
-    differences = find_differences(config, infos)
+    tables = {arm: metric_tables.read_scores(table_path(config, arm)) for arm in arms(config)}
+    differences = differences_of(tables)
+    infos = {arm: table.info for arm, table in tables.items()}
     several = [mode for mode in config.modes if mode in SAMPLE_METRICS]
     parts = [
         f"# {Path(config.out).name}",
@@ -70,24 +69,14 @@ def _said_of_all(config: StudyConfig) -> str:
     )
 
 
-def find_differences(config: StudyConfig, infos: Mapping[Arm, Mapping[str, Any]]) -> Differences:
-    """The differences of all metrics that every table holds; none where a table is missing."""
-    held = [info.get("metrics", {}) for info in infos.values()]
-    modes = tuple(mode for mode in config.modes if all(mode in metrics for metrics in held))
-    if not modes:
+def differences_of(tables: Mapping[Arm, ScoreTable]) -> Differences:
+    """The differences of all other tables that are there from the first strategy's."""
+    ready = {arm.folder: table for arm, table in tables.items() if table.values}
+    if next(iter(tables)).folder not in ready:
         return {}
-    options = EvalConfig(
-        eval_dir=tuple(str(eval_dir(config, arm)) for arm in infos),
-        modes=modes,
-        num_samples=config.num_samples,
-        features=config.features,
-        metric_options=config.metric_options,
-        feature_options=config.feature_options,
-        floor=any(mode in VIDEO_METRICS for mode in modes),
-        device=config.device,
-    )
-    found: list[Difference] = evaluate(options).differences
-    return {(each.metric, each.column, each.other): each.interval for each in found}
+    return {
+        (each.metric, each.column, each.other): each.interval for each in find_differences(ready)
+    }
 
 
 def score_table(
@@ -127,12 +116,8 @@ def _score(info: Mapping[str, Any], mode: str, differences: Differences, arm: Ar
 
 
 def _difference(found: Interval | None) -> str:
-    """ " (+1.2 [0.3, 2.1])"; empty where there is none."""
-    if found is None:
-        return ""
-    ends = {"low": found.low, "high": found.high}
-    row = {"mean": found.value, "standard_error": None, "interval": ends}
-    return f" ({metric_tables.plus_minus(row, sign='+')})"
+    """The difference and its interval in brackets, after a space; empty where there is none."""
+    return "" if found is None else f" ({found:+})"
 
 
 def column_table(
