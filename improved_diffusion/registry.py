@@ -237,10 +237,6 @@ STRATEGIES = Registry(
         ),
         "parallel-hierarchy-3": (f"{_OTHER_ORDERS}:ParallelHierarchy3", "the same in three levels"),
         "parallel-hierarchy-4": (f"{_OTHER_ORDERS}:ParallelHierarchy4", "the same in four levels"),
-        "semi-parallel-hierarchy-3": (
-            f"{_OTHER_ORDERS}:SemiParallelHierarchy3",
-            "parallel-hierarchy-3 whose middle level is made from start to end",
-        ),
         "end-to-start": (
             f"{_OTHER_ORDERS}:EndToStart",
             "from the last frames to the first, observing the start and the frames just after",

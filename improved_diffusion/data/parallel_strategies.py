@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +20,22 @@ class ParallelHierarchy(Hierarchy):
     """
 
     levels = 2
-    levels_in_order: ClassVar[frozenset[int]] = frozenset()  # whose blocks wait for each other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._level = 0 if self._num_obs else 1  # an unconditional first step is the first level
         self._blocks: list[list[int]] = []  # those that are made at once, and are not yet made
-        self._later: list[list[list[int]]] = []  # the level's others, in groups made at once
+        self._between: list[list[int]] = []  # those that are made after them
         self._visible: set[int] = set()  # the frames that existed before the first of `_blocks`
 
     def next_indices(self) -> Step:
-        while not self._blocks:
+        if not self._blocks:
             self._visible = set(self._done_frames)
-            if not self._later:
-                self._level += 1
-                self._later = self._groups(self._cut(self._level_frames()))
-            self._blocks = self._later.pop(0)
+            self._blocks, self._between = self._between, []
+        while not self._blocks:
+            self._level += 1
+            blocks = self._cut(self._level_frames())
+            self._blocks, self._between = blocks[::2], blocks[1::2]
         latent = self._blocks.pop(0)
         before, between, after = select.split_around(self._visible, latent)
         if self._level == 1:  # nothing but the observed frames exists
@@ -43,12 +43,6 @@ class ParallelHierarchy(Hierarchy):
         places = self._max_T - len(latent) - len(between)
         num_after = min(len(after), max(places // 2, places - len(before)))
         return select.last_items(before, places - num_after) + between + after[:num_after], latent
-
-    def _groups(self, blocks: list[list[int]]) -> list[list[list[int]]]:
-        """The blocks of a level, those together that are made at once; at least one group."""
-        if self._level in self.levels_in_order and blocks:
-            return [[block] for block in blocks]
-        return [blocks[::2], blocks[1::2]]
 
     def _level_frames(self) -> list[int]:
         """The frames of the level that begins; there may be none of a level but the last."""
@@ -80,12 +74,6 @@ class ParallelHierarchy3(ParallelHierarchy):
     """Parallel hierarchy of three levels."""
 
     levels = 3
-
-
-class SemiParallelHierarchy3(ParallelHierarchy3):
-    """The same, but the blocks of the middle level are made one after the other."""
-
-    levels_in_order = frozenset({2})
 
 
 class ParallelHierarchy4(ParallelHierarchy):
