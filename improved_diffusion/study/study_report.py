@@ -128,11 +128,7 @@ def _score(info: Mapping[str, Any], mode: str, differences: Differences, arm: Ar
 
 def _difference(found: Interval | None) -> str:
     """ " (+1.2 [0.3, 2.1])"; empty where there is none."""
-    if found is None:
-        return ""
-    ends = {"low": found.low, "high": found.high}
-    row = {"mean": found.value, "standard_error": None, "interval": ends}
-    return f" ({metric_tables.plus_minus(row, sign='+')})"
+    return "" if found is None else f" ({found:+})"
 
 
 def column_table(
