@@ -30,7 +30,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    sampling = config_from_args(SampleConfig, args)
+    # The interval is that of the guided rows, not of what samples without guidance.
+    sampling = config_from_args(SampleConfig, vars(args) | {"guidance_interval": None})
     config = config_from_args(GuidanceSweepConfig, args)
     from improved_diffusion.study.guidance_sweep import guidance_sweep
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import make_checkpoint
+from helpers import call_main, make_checkpoint
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.evaluation.metrics import FrameMetric, Psnr
 from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.plan import Task
+from improved_diffusion.study import guidance_sweep as sweep
 from improved_diffusion.study.guidance_sweep import guidance_sweep
 from improved_diffusion.study.options import GuidanceSweepConfig, SolverConfig
 from improved_diffusion.study.solver_errors import first_step, solver_errors
@@ -93,3 +94,18 @@ def test_the_sweep_measures_what_it_has_sampled(checkpoint, tmp_path, monkeypatc
     assert rows[0][4].split(" ± ")[0] == f"{np.mean(between):.3f}"
     with pytest.raises(ValueError, match="--num_samples 1"):
         guidance_sweep(options(checkpoint), config)
+
+
+def test_the_interval_of_the_sweep_holds_for_what_is_guided(checkpoint, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(
+        FRAME_METRICS, "_entries", FRAME_METRICS._entries | {"lpips": (GreyDifference, "")}
+    )
+    sampled = []
+    monkeypatch.setattr(sweep, "_scores", lambda way, _: sampled.append(way) or [np.ones(2)] * 3)
+    words = "--inference_mode autoreg --num_samples 2 --against nothing --weights 1 2".split()
+    call_main("video_compare_guidance.py", checkpoint, *words, "--guidance_interval", 0.1, 5)
+    assert [(way.guidance, way.guidance_interval) for way in sampled] == [(1, None), (2, (0.1, 5))]
+    config = GuidanceSweepConfig(weights=(1.0, 2.0), guidance_interval=(5.0, 0.1))
+    with pytest.raises(ValueError, match="--guidance_interval 5 0.1: .* the lower first"):
+        guidance_sweep(options(checkpoint, num_samples=2), config)
+    assert len(sampled) == 2, "nothing is sampled before all is checked"

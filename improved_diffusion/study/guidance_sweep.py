@@ -38,18 +38,26 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
     for metric in metrics.values():
         metric.settings()  # which raises where there are no weights
     rows = []
+    for options in _ways(sampling, config):
+        scores = _scores(options, metrics)
+        shown = options.guidance_against if options.is_guided else "-"
+        rows.append([f"{options.guidance:g}", shown, *(_format(values) for values in scores)])
+        logger.info(" ".join(rows[-1]))
+    heads = ["guidance", "against", "psnr", "lpips", "lpips between samples"]
+    return markdown_table(heads, rows)
+
+
+def _ways(sampling: SampleConfig, config: GuidanceSweepConfig) -> list[SampleConfig]:
+    """The options of each row. Raises ValueError for those that cannot be, before any is sampled."""
+    ways = []
     for against, weight in itertools.product(config.against, config.weights):
         if weight == 1 and against != config.against[0]:
             continue  # the same samples
         way: dict[str, Any] = {"guidance": weight}
         if weight != 1:
-            way["guidance_against"] = against
-        scores = _scores(dataclasses.replace(sampling, **way), metrics)
-        shown = "-" if weight == 1 else against
-        rows.append([f"{weight:g}", shown, *(_format(values) for values in scores)])
-        logger.info(" ".join(rows[-1]))
-    heads = ["guidance", "against", "psnr", "lpips", "lpips between samples"]
-    return markdown_table(heads, rows)
+            way |= {"guidance_against": against, "guidance_interval": config.guidance_interval}
+        ways.append(dataclasses.replace(sampling, **way))
+    return ways
 
 
 def _scores(options: SampleConfig, metrics: dict[str, FrameMetric]) -> list[np.ndarray]:

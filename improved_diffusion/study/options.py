@@ -258,3 +258,9 @@ class GuidanceSweepConfig:
         item_type=str,
         commas=False,
     )
+    guidance_interval: tuple[float, ...] | None = option(
+        None,
+        "guide between these two noise levels sigma only (default: at all)",
+        nargs="+",
+        item_type=float,
+    )
