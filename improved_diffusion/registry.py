@@ -315,6 +315,10 @@ VIDEO_METRICS = Registry(
             f"{_HERE}.evaluation.distances:Motion",
             "Fréchet distance of statistics of frame differences",
         ),
+        "fvmd": (
+            f"{_HERE}.evaluation.distances:Fvmd",
+            "Fréchet distance of histograms of tracked points' motion: needs --tracker FILE",
+        ),
     },
 )
 
@@ -345,6 +349,10 @@ FEATURES = Registry(
         "motion": (
             f"{_HERE}.evaluation.features:MotionFeatures",
             "statistics of frame differences, without a network",
+        ),
+        "tracks": (
+            f"{_HERE}.evaluation.tracks:TrackFeatures",
+            "FVMD's histograms of tracked points' velocity and acceleration: needs --tracker FILE",
         ),
         "file": (
             f"{_HERE}.evaluation.feature_file:FileFeatures",

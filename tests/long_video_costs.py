@@ -1,8 +1,9 @@
-"""What a long video costs beside the network, by a stand-in for it; the figures of docs/long_videos.md.
+"""What long videos cost: the figures of docs/long_videos.md.
 
 python tests/long_video_costs.py rounds 1000
 python tests/long_video_costs.py curve autoreg 10000
 mpiexec -n 2 python tests/long_video_costs.py timed parallel-hierarchy-2 1000 --each 0.01
+mpiexec -n 2 python tests/long_video_costs.py network parallel-hierarchy-2 200 --checkpoint FILE
 python tests/long_video_costs.py adaptive 32        (METRIC_WEIGHTS_DIR names the weights of LPIPS)
 """
 
@@ -23,6 +24,10 @@ from improved_diffusion.data.step_order import ordered_steps, rounds_of
 from improved_diffusion.inference_utils import create_strategy
 from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling import keeper, lpips_util
+from improved_diffusion.sampling.denoiser import Denoiser
+from improved_diffusion.sampling.options import SampleConfig
+from improved_diffusion.sampling.trained_model import TrainedModel
+from improved_diffusion.sampling.video_sampling import sample_dataset
 
 SIZES = {"max_frames": 20, "step_size": 10}
 OBSERVED = 36
@@ -92,6 +97,45 @@ def timed(mode: str, T: int, base: float, each: float, batch_size: int) -> None:
     dist_util.cleanup()
 
 
+def network(mode: str, T: int, checkpoint: str, batch_size: int, videos: int) -> None:
+    """Sample with a trained network: wall and CPU seconds of each rank, and those within its calls."""
+    original, spent = Denoiser.output, [0.0]
+
+    def output(self, *args):
+        began = time.process_time()
+        out = original(self, *args)
+        spent[0] += time.process_time() - began
+        return out
+
+    Denoiser.output = output
+    dist_util.setup_dist()
+    folder = dist_util.broadcast_object(tempfile.mkdtemp())
+    max_frames = TrainedModel.load(checkpoint, "cpu").max_frames
+    wall, cpu = time.monotonic(), time.process_time()
+    sample_dataset(
+        SampleConfig(
+            checkpoint_path=checkpoint,
+            inference_mode=mode,
+            T=T,
+            obs_length=max_frames,
+            step_size=max_frames // 2,
+            eval_dir=folder,
+            sampler="unipc",
+            timestep_respacing="10",
+            spacing="logsnr",
+            indices=tuple(range(videos)),
+            batch_size=batch_size,
+            device="cpu",
+        )
+    )
+    dist_util.barrier()
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    for row in dist_util.gather_objects((dist_util.rank(), wall, cpu, spent[0])):
+        if dist_util.is_main():
+            print(f"{mode} rank %d: %.1f s, %.1f CPU s, of which %.1f in the network" % row)
+    dist_util.cleanup()
+
+
 def adaptive(size: int, T: int = 1000, batch: int = 8) -> None:
     """CPU time of choosing the observed frames of `batch` random walks of frames, by LPIPS."""
     rng, walk = np.random.default_rng(0), np.zeros((batch, 3, size, size), np.float32)
@@ -125,16 +169,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("rounds", "curve", "timed", "adaptive"))
+    parser.add_argument("what", choices=("rounds", "curve", "timed", "network", "adaptive"))
     parser.add_argument("words", nargs="+", help="[mode] and a number")
     parser.add_argument("--base", type=float, default=0.0, help="timed: seconds of any call")
     parser.add_argument("--each", type=float, default=0.0, help="timed: seconds of each trajectory")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--checkpoint", help="network: a trained network")
+    parser.add_argument("--videos", type=int, default=1, help="network: how many")
     args = parser.parse_args()
     machine.keep_freed_memory()
     *mode, number = args.words
     if args.what == "timed":
         timed(*mode, int(number), args.base, args.each, args.batch_size)
+    elif args.what == "network":
+        network(*mode, int(number), args.checkpoint, args.batch_size, args.videos)
     else:
         {"rounds": rounds, "curve": curve, "adaptive": adaptive}[args.what](*mode, int(number))
 

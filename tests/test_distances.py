@@ -1,5 +1,7 @@
 """Distances between sets of videos: known answers, and how often their intervals hold them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from improved_diffusion.evaluation import intervals
 from improved_diffusion.evaluation.comparison import Difference, format_differences
 from improved_diffusion.evaluation.intervals import (
     Interval,
-    half_sample_interval,
+    half_sample,
     mean_interval,
 )
 from improved_diffusion.frechet_video_distance import (
@@ -69,7 +71,7 @@ def coverage(distance, target: float, *, n: int, trials: int, interval=None) -> 
         def statistic(chosen, samples=samples, truth=truth):
             return distance(samples[chosen], truth[chosen])
 
-        found = (interval or half_sample_interval)(statistic, n)
+        found = interval(statistic, n) if interval else half_sample(statistic, n).interval()
         hits += found.low <= target <= found.high
     return hits / trials
 
@@ -146,7 +148,7 @@ def test_resampling_with_replacement_would_tell_equal_sets_apart():
         low = np.quantile([kernel_distance(one[i], two[i]) for i in drawn], 0.025)
         missed += low > 0
         held += (
-            half_sample_interval(lambda i, x=one, y=two: kernel_distance(x[i], y[i]), 16).low < 0
+            half_sample(lambda i, x=one, y=two: kernel_distance(x[i], y[i]), 16).interval().low < 0
         )
     assert missed >= 8 and held >= 9
 
@@ -154,12 +156,20 @@ def test_resampling_with_replacement_would_tell_equal_sets_apart():
 def test_an_interval_is_wide_enough_but_not_wider_than_a_known_error():
     """Of a mean the standard error is known: s / sqrt(n)."""
     values = np.random.default_rng(0).standard_normal(50)
-    found = half_sample_interval(lambda chosen: values[chosen].mean(), 50)
+    found = half_sample(lambda chosen: values[chosen].mean(), 50).interval()
     exact = mean_interval(values)
     assert found.value == pytest.approx(exact.value) == pytest.approx(values.mean())
     assert found.high - found.low == pytest.approx(exact.high - exact.low, rel=0.15)
     assert found.at_half == pytest.approx(values.mean(), abs=0.05)
-    assert found == half_sample_interval(lambda chosen: values[chosen].mean(), 50), "seeded"
+    again = half_sample(lambda chosen: values[chosen].mean(), 50).interval()
+    assert found == again, "seeded"
+
+
+def test_an_interval_is_written_to_two_digits_of_its_width():
+    assert f"{Interval(0.24783, -2.5621, 3.0581):+}" == "+0.2 [-2.6, +3.1]"
+    assert f"{Interval(592.71, 480.34, 705.08)}" == "593 [480, 705]"
+    assert f"{Interval(-0.0009867, -0.008362, 0.006388)}" == "-0.0010 [-0.0084, 0.0064]"
+    assert f"{Interval(0.0, 0.0, 0.0):+}" == "+0 [+0, +0]"
 
 
 def test_halves_repeat_no_video_and_few_videos_have_no_interval():
@@ -169,8 +179,8 @@ def test_halves_repeat_no_video_and_few_videos_have_no_interval():
         seen.append(chosen)
         return float(len(set(chosen)))
 
-    assert half_sample_interval(statistic, 7) is None and not seen
-    found = half_sample_interval(statistic, 9)
+    assert half_sample(statistic, 7) is None and not seen
+    found = half_sample(statistic, 9).interval()
     assert found.at_half == 4 and found.value == 9
     assert len({tuple(chosen) for chosen in seen}) > 50
     assert mean_interval(np.ones(1)) is None
@@ -183,9 +193,10 @@ def paired_difference(rng, n: int, worse: float) -> Interval:
     """Of two strategies whose samples of one video resemble each other."""
     truth, shared = rng.standard_normal((n, D)), rng.standard_normal((n, D))
     one, two = (shared + 0.5 * rng.standard_normal((n, D)) + shift for shift in (0.5, 0.5 + worse))
-    return half_sample_interval(
-        lambda i: frechet_distance(two[i], truth[i]) - frechet_distance(one[i], truth[i]), n
+    of_one, of_two = (
+        half_sample(lambda i, x=x: frechet_distance(x[i], truth[i]), n) for x in (one, two)
     )
+    return (of_two - of_one).interval()
 
 
 def test_equal_strategies_are_seldom_told_apart_and_unequal_ones_are(few_halves):
@@ -194,6 +205,17 @@ def test_equal_strategies_are_seldom_told_apart_and_unequal_ones_are(few_halves)
     assert np.mean(equal) >= 0.9
     unequal = [paired_difference(rng, 16, 1.0).holds_zero for _ in range(5)]
     assert not any(unequal)
+
+
+def test_a_difference_is_that_of_the_same_halves():
+    """So it is what one gets from the difference itself, and of other videos there is none."""
+    first, other = np.random.default_rng(0).standard_normal((2, 12))
+    of_first, of_other = (half_sample(lambda i, x=x: x[i].mean() ** 2, 12) for x in (first, other))
+    at_once = half_sample(lambda i: other[i].mean() ** 2 - first[i].mean() ** 2, 12)
+    found, expected = (of_other - of_first).interval(), at_once.interval()
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected))
+    with pytest.raises(ValueError, match="12 and 11 videos are not of the same halves"):
+        of_first - half_sample(lambda i: first[i].mean(), 11)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +228,13 @@ def test_equal_strategies_are_seldom_told_apart_and_unequal_ones_are(few_halves)
         ("psnr", -3.0, -1.0, "worse"),
         ("psnr", 0.0, 3.0, "not told apart"),
         ("lpips", np.nan, np.nan, "not told apart"),
+        ("lap_psnr", 1.0, 3.0, "better"),
+        ("lap_ssim", -3.0, -1.0, "worse"),
+        ("lap_lpips", 1.0, 3.0, "worse"),
+        ("place_jumps", -3.0, -1.0, "better"),
+        ("place_lpips", 1.0, 3.0, "worse"),
+        ("place_returns", 1.0, 3.0, "differs"),
+        ("place_returns", -1.0, 3.0, "not told apart"),
     ],
 )
 def test_better_is_said_only_where_zero_is_outside(metric, low, high, verdict):

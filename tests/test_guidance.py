@@ -98,6 +98,11 @@ def test_outside_of_the_interval_nothing_changes_and_nothing_more_is_called():
         guided(network, 2, interval=(1e-9, 1e-8))
 
 
+def test_an_interval_without_sampled_noise_levels_is_refused():
+    with pytest.raises(ValueError, match="^--guidance_interval 1e-06 2e-06: none of the sampled"):
+        guided(CountingNetwork(), 2, interval=(1e-6, 2e-6))
+
+
 @pytest.mark.parametrize("against, frames", [
     ("nothing", [[7, 8], [30, 31]]),
     ("recent", [[5, 9, 7, 8], [32, 29, 30, 31]]),
@@ -209,12 +214,20 @@ def test_an_earlier_checkpoint_guides_and_is_known_by_its_weights(checkpoint, tm
 def test_references_that_cannot_guide_are_refused(checkpoint, tmp_path):  # noqa: F811
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["out.2.bias"] += 0.3
-    content["config"]["dataset"] = "bouncy_balls"
-    elsewhere = tmp_path / "elsewhere.pt"
-    torch.save(content, elsewhere)
+    own = content["config"]
+    for name, changed in (
+        ("dataset", {"dataset": "bouncy_balls"}),
+        ("image_size", {"image_size": 64}),
+        ("noise_schedule", {"noise_schedule": "linear", "diffusion_steps": 30}),
+        ("diffusion_steps", {"diffusion_steps": 7}),
+    ):
+        torch.save(content | {"config": own | changed}, f"{name}.pt")
     for against, words in (
         (checkpoint, "has the weights of the checkpoint itself"),
-        (elsewhere, "the data set bouncy_balls, the checkpoint with"),
+        ("dataset.pt", "the data set bouncy_balls, the checkpoint with"),
+        ("image_size.pt", "the image size 64, the checkpoint with 32"),
+        ("noise_schedule.pt", "the noise schedule linear, the checkpoint with cosine"),
+        ("diffusion_steps.pt", "the number of timesteps 7, the checkpoint with 3"),
         ("resent", "resent: is no file, and none of nothing, recent, subset"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):

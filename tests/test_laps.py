@@ -53,6 +53,14 @@ def test_videos_without_laps_are_refused():
         lap_numbers(dataclasses.replace(truth, predicted=np.arange(OBS, T - 5)))
 
 
+def test_columns_are_references_where_the_sample_changes_nothing():
+    truth, rng = repeating(5), np.random.default_rng(1)
+    samples = [rng.integers(0, 256, truth.frames.shape, dtype=np.uint8) for _ in range(2)]
+    one, two = (LapPsnr().compute(sample, truth) for sample in samples)
+    same = [name for name, a, b in zip(LapPsnr.columns, one, two, strict=True) if a == b]
+    assert tuple(same) == LapPsnr.reference_columns and len(same) == 6
+
+
 def test_a_lap_that_is_not_complete_has_no_mean():
     numbers = lap_numbers(repeating(5, 20))
     np.testing.assert_array_equal(mean_by_lap(np.arange(14.0), numbers, 5), [2.0, 7.0, np.nan])

@@ -11,6 +11,7 @@ from PIL import Image
 from helpers import run_script
 from improved_diffusion.data.paths import elbo_path, metrics_path
 from improved_diffusion.evaluation import metric_tables, plots
+from improved_diffusion.evaluation.captions import FONT_SIZE, SMALLEST_SIZE, fitting_font, wrapped
 from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import PlotConfig
 from improved_diffusion.sampling.provenance import latent_counts, strategy_names
@@ -183,3 +184,18 @@ def test_names_are_as_short_as_tells_them_apart(tmp_path):
     ddpm, quick = {"sampler": "ddpm"}, {"sampler": "heun", "timestep_respacing": "9"}
     assert names(ddpm, quick) == ["autoreg, ddpm", "autoreg, heun 9"]
     assert names({}, {}, {}, {}) == ["4_0", "4_1", "4_2", "4_3"]
+
+
+def test_titles_are_written_smaller_before_their_words_are_cut():
+    titles, width = ["truth", "adaptive-hierarchy-2", "independent"], 64
+    font = fitting_font(titles, width)
+    assert SMALLEST_SIZE <= font.size < FONT_SIZE
+    assert [wrapped(title, font, width) for title in titles] == [
+        ["truth"],
+        ["adaptive-", "hierarchy-2"],
+        ["independent"],
+    ]
+    assert fitting_font(titles[:1], width).size == FONT_SIZE
+    endless = 30 * "x"
+    (cut,) = wrapped(endless, fitting_font([endless], width), width)
+    assert cut.endswith("...")

@@ -1,5 +1,6 @@
 """The report of evaluation directories: what is in the page, what it says is missing, what it refuses."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -13,10 +14,17 @@ from helpers import run_script
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import evaluate
-from improved_diffusion.evaluation.metric_tables import plus_minus, summarise
+from improved_diffusion.evaluation.comparison import video_differences
+from improved_diffusion.evaluation.intervals import half_sample, mean_interval
+from improved_diffusion.evaluation.metric_tables import (
+    ScoreTable,
+    plus_minus,
+    summarise,
+    write_table,
+)
 from improved_diffusion.evaluation.options import EvalConfig, ReportConfig
 from improved_diffusion.evaluation.report import sprites
-from improved_diffusion.evaluation.report.numbers import Strategy, Table
+from improved_diffusion.evaluation.report.numbers import Strategy
 from improved_diffusion.evaluation.report.page import difference_tables, score_tables, write_report
 from improved_diffusion.registry import SAMPLE_METRICS
 from improved_diffusion.sampling.results import EvalDir
@@ -85,7 +93,9 @@ def test_all_samples_and_their_truth_are_in_it_bit_for_bit(folders):
         np.testing.assert_array_equal(unpacked(stored), truth.read(shown["video"]))
 
 
-@pytest.mark.parametrize("T, size", [(1, 8), (700, 8), pytest.param(9, 1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "T, size", [(1, 8), (700, 8), pytest.param(9, 1500, marks=pytest.mark.slow)]
+)
 def test_frames_of_any_number_and_size_fit_into_pictures_that_browsers_draw(T, size):
     video = np.random.default_rng(0).integers(0, 9, (T, 3, size, size), dtype=np.uint8)
     np.testing.assert_array_equal(unpacked(sprites.sprites(video)._asdict()), video)
@@ -104,14 +114,13 @@ def test_the_schedule_is_the_one_that_was_sampled(folders):
 def test_scores_and_paired_differences_are_those_of_the_tables(folders):
     page = report(folders)
     tables = [evaluate.metric_tables.read_table(next(f.glob("metrics_*.pkl"))) for f in folders]
-    for values, sign in (
-        (tables[0]["psnr"], ""),
-        (tables[1]["psnr"] - tables[0]["psnr"], "+"),
-        (tables[0]["psnr"] - tables[1]["psnr"], "+"),
-    ):
-        row = summarise(values)
-        shown = plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
-        assert f"<td>{shown}<small>n = 3</small></td>" in page
+    text = html.unescape(page).replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
+    shown = plus_minus(summarise(tables[0]["psnr"]))
+    assert f"<td>{shown}<small>n = 3</small></td>" in text
+    for first, other in (tables, tables[::-1]):
+        found = mean_interval(video_differences(first["psnr"], other["psnr"]))
+        said = "not told apart" if found.holds_zero else "better" if found.low > 0 else "worse"
+        assert f"<td>{found:+}<small>n = 3, {said}</small></td>" in text
 
 
 def test_metrics_of_several_numbers_have_a_table_with_a_head_for_each():
@@ -122,15 +131,61 @@ def test_metrics_of_several_numbers_have_a_table_with_a_head_for_each():
         values[..., 1] = np.nan
         rows = [{"name": c} | summarise(values[..., i]) for i, c in enumerate(columns)]
         info = {"metrics": {"lap_psnr": {"columns": rows}}}
-        table = Table({"lap_psnr": values}, info)
+        table = ScoreTable({"lap_psnr": values}, info)
         strategies.append(Strategy(name, {}, None, [], table, {}, {}))
     (scores,) = score_tables(strategies)
     assert scores.heads == list(columns) and scores.caption.startswith("LAP_PSNR (dB)")
     (differences,) = difference_tables(strategies, strategies[0])
     ((name, cells),) = differences.rows
-    first, second = (s.table.values["lap_psnr"][..., 0] for s in strategies)
-    expected = plus_minus(summarise(second - first), "+").replace("-", "\N{MINUS SIGN}")
-    assert name == "two" and cells[0] == (expected, "n = 4") and cells[1] == ("-", "")
+    assert differences.heads == list(columns[:6]), "those of references do not differ"
+    first, second = (s.table.values["lap_psnr"][..., :1] for s in strategies)
+    found = mean_interval(video_differences(first, second))
+    assert name == "two" and cells[1] == ("-", "")
+    assert cells[0][0].split() == f"{found:+}".replace("-", "\N{MINUS SIGN}").split()
+
+
+def scored_by_fvd(name: str, n: int, values: np.ndarray) -> Strategy:
+    """A strategy whose FVD is, of any videos, the mean of their values [n]."""
+    sampled = half_sample(lambda chosen: values[chosen].mean(), n)
+    row = {"n": n, "mean": values.mean(), "standard_error": None, "settings": {}}
+    if sampled is not None:
+        found = sampled.interval()
+        row["interval"] = {"low": found.low, "high": found.high, "at_half": found.at_half}
+        row["interval"]["of_halves"] = sampled.of_halves.tolist()
+    table = ScoreTable({"fvd": values[:1]}, {"metrics": {"fvd": row}})
+    return Strategy(name, {}, None, [], table, {}, {})
+
+
+def test_distances_are_compared_in_pairs_and_no_better_is_said_where_zero_is_inside():
+    hard = 100 * np.random.default_rng(0).standard_normal(12)  # videos differ more than strategies
+    noise = np.random.default_rng(1).standard_normal((2, 12))
+    shown = [
+        scored_by_fvd(name, 12, hard + own)
+        for name, own in (("base", 0.0), ("like it", 2 * noise[0]), ("worse", 5 + noise[1]))
+    ]
+    (table,) = difference_tables(shown, shown[0])
+    (equal, equal_said), (worse, worse_said) = (cells[0] for _, cells in table.rows)
+    assert equal_said == "n = 12, not told apart" and worse_said == "n = 12, worse"
+    value, low, high = map(float, re.findall(r"[+\d.]+", worse))
+    exact = mean_interval(5 + noise[1])
+    assert value == pytest.approx(exact.value, abs=0.05)
+    assert high - low == pytest.approx(exact.high - exact.low, rel=0.3), "what is shared cancels"
+    (turned,) = difference_tables(shown, shown[2])
+    assert turned.rows[0][1][0][1] == "n = 12, better"
+
+
+def test_distances_of_few_videos_and_of_old_tables_have_no_difference(folders, tmp_path):
+    few = [scored_by_fvd(name, 7, np.arange(7.0)) for name in ("one", "two")]
+    (table,) = difference_tables(few, few[0])
+    assert table.rows == [("two", [("-", "fewer than 8 videos")])]
+    values, info = scored_by_fvd("old", 9, np.arange(9.0)).table
+    del info["metrics"]["fvd"]["interval"]["of_halves"]
+    old = tmp_path / folders[0].name
+    old.mkdir()
+    for name in ("samples", "truth", "model_config.json", "sample_config.json"):
+        (old / name).symlink_to(folders[0] / name)
+    write_table(old / "metrics_9-1-12.pkl", values, info | {"samples": [0]})
+    assert "autoreg: differences in fvd, whose table was written before" in report([old])
 
 
 def test_a_page_that_would_be_too_large_says_what_it_left_out(folders, caplog):

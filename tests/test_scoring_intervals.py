@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from helpers import call_main, make_folder_dataset
 from improved_diffusion.evaluation import intervals, metric_tables
@@ -101,9 +102,8 @@ def test_a_table_says_and_prints_the_interval_beside_the_value(folders, tmp_path
         )
     )
     assert row["mean"] == pytest.approx(frechet_distance(fake, real)), "it is the value itself"
-    expected = intervals.half_sample_interval(
-        lambda i: frechet_distance(fake[i], real[i]), NUM_VIDEOS
-    )
+    sampled_halves = intervals.half_sample(lambda i: frechet_distance(fake[i], real[i]), NUM_VIDEOS)
+    expected = sampled_halves.interval()
     assert row["interval"]["low"] == pytest.approx(expected.low)
     assert row["interval"]["at_half"] == pytest.approx(expected.at_half)
     floor = row["floor"]
@@ -119,9 +119,7 @@ def test_a_table_says_and_prints_the_interval_beside_the_value(folders, tmp_path
 def test_an_interval_is_computed_once_and_stays_while_it_is_true(folders, tmp_path, monkeypatch):
     score(folders[0])
     before = info(folders[0])["metrics"]["fvd"]["interval"]
-    monkeypatch.setattr(
-        "improved_diffusion.evaluation.measurements.half_sample_interval", lambda *_: None
-    )
+    monkeypatch.setattr("improved_diffusion.evaluation.measurements.half_sample", lambda *_: None)
     score(folders[0])
     score(folders[0], modes=("psnr",))
     assert info(folders[0])["metrics"]["fvd"]["interval"] == before
@@ -149,6 +147,12 @@ def test_strategies_are_compared_in_pairs(folders, capsys):
     exact = intervals.mean_interval(dark - near)
     assert found["ssim"].interval.low == pytest.approx(exact.low)
     assert found["ssim"].interval.high == pytest.approx(exact.high)
+    fvd = [info(folder)["metrics"]["fvd"] for folder in folders]
+    assert found["fvd"].interval.value == pytest.approx(fvd[1]["mean"] - fvd[0]["mean"])
+    near_halves, dark_halves = (np.array(row["interval"]["of_halves"]) for row in fvd)
+    spread = (dark_halves - near_halves).std(ddof=1) * np.sqrt(4 / 5)  # halves of 4 of 9 videos
+    width = found["fvd"].interval.high - found["fvd"].interval.value
+    assert width == pytest.approx(t.ppf(0.975, NUM_VIDEOS - 1) * spread), "paired by halves"
     (turned,) = score(*folders[::-1]).differences
     assert turned.interval.value == pytest.approx(-found["fvd"].interval.value)
     assert turned.verdict == "better"
@@ -235,6 +239,7 @@ class Ends(SampleMetric):
     """of the last frame."""
 
     columns = ("red", "red of the truth")
+    reference_columns = ("red of the truth",)
 
     def compute(self, sample, truth):
         return np.array([video[-1, 0].mean() for video in (sample, truth.frames)])
@@ -248,15 +253,15 @@ class Centres(VideoMetric):
 
 
 def test_metrics_that_only_another_process_knows_stay_as_they_stand(folders, tmp_path):
-    """And those of several columns are compared by column."""
+    """And those of several columns are compared by column, where it says something of the samples."""
     FRAME_METRICS["red"], VIDEO_METRICS["centres"], SAMPLE_METRICS["ends"] = Red, Centres, Ends
     try:
         score(folders[0], modes=("red", "centres", "ends", "psnr"), floor=True)
-        of_ends = score(*folders, modes=("ends",)).differences
+        (of_ends,) = score(*folders, modes=("ends",)).differences
+        assert of_ends.verdict == "differs", "neither more nor less red is better"
     finally:
         del FRAME_METRICS["red"], VIDEO_METRICS["centres"], SAMPLE_METRICS["ends"]
-    assert [d.column for d in of_ends] == list(Ends.columns)
-    assert of_ends[0].interval.high < 0 == of_ends[1].interval.value
+    assert of_ends.column == "red" and of_ends.interval.high < 0
     (path,) = folders[0].path.glob("*.pkl")
     before, rows = metric_tables.read_table(path), info(folders[0])["metrics"]
     score(folders[0], modes=("ssim",))

@@ -14,12 +14,11 @@ import pytest
 import helpers
 from helpers import make_checkpoint
 from improved_diffusion.data import paths, walks
-from improved_diffusion.evaluation.metric_tables import read_info, read_table
+from improved_diffusion.evaluation.metric_tables import ScoreTable, read_info, read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
 from improved_diffusion.study.commands import in_place_of, run_script
 from improved_diffusion.study.options import StudyConfig
-from improved_diffusion.study.study_report import CellTable
 from test_readme import load_script
 
 SIZES = {"obs_length": 4, "T": 10, "max_frames": 4, "step_size": 2, "num_videos": 2}
@@ -307,9 +306,9 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
         "metrics": {"fvd": {"mean": 7.0, "standard_error": None, "floor": {"value": 5, "n": 2}}}
     }
     scores = {
-        cells[0]: CellTable({"psnr": first, "fvd": np.array([7.0])}, info),
-        cells[1]: CellTable({"psnr": second}, {}),
-        cells[2]: CellTable({"psnr": second}, {}),
+        cells[0]: ScoreTable({"psnr": first, "fvd": np.array([7.0])}, info),
+        cells[1]: ScoreTable({"psnr": second}, {}),
+        cells[2]: ScoreTable({"psnr": second}, {}),
     }
     lines = study_report.score_table(
         study.resolve(StudyConfig("memory_mazes", modes=("psnr", "fvd"))), scores
@@ -319,3 +318,18 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
     assert values[1][2].endswith(" (+2.0 ± 1.0)")
     assert values[2][2] == values[1][2]  # DDPM beside the same strategy, with the same scores here
     assert values[3][:4] == ["| true videos", "real against real", "-", "5 (n = 2)"]
+
+
+def test_a_distance_stands_beside_its_paired_difference_with_an_interval(config):
+    cells = study.cells(config)[:2]
+    of_halves = np.random.default_rng(0).normal(10, 1, 50)
+    tables = {}
+    for cell, shift in zip(cells, (0.0, 5.0), strict=True):
+        interval = {"low": 8.0, "high": 12.0, "of_halves": (of_halves + shift).tolist()}
+        row = {"n": 8, "mean": 10 + shift, "standard_error": None, "interval": interval}
+        tables[cell] = ScoreTable({"fvd": np.array([10 + shift])}, {"metrics": {"fvd": row}})
+    lines = study_report.score_table(
+        study.resolve(StudyConfig("memory_mazes", modes=("fvd",))), tables
+    ).splitlines()
+    first, second = (line.split(" | ")[2] for line in lines[2:])
+    assert first == "10.0 [8.0, 12.0]" and second == "15.0 [8.0, 12.0] (+5.0000 [+5.0000, +5.0000])"

@@ -28,6 +28,7 @@ def videos(tmp_path):
     return make_videos(tmp_path / "videos")
 
 
+@pytest.mark.slow
 def test_ranks_keep_equal_parameters_and_average_their_gradients(videos, tmp_path):
     body = """
         def checked(self, *args):

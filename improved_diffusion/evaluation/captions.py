@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 FONT_SIZE, LINE_HEIGHT = 11, 14  # pixels
+SMALLEST_SIZE = 8  # of titles whose words would not fit otherwise
 
 
 def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -> np.ndarray:
@@ -20,11 +21,12 @@ def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -
 
     font = ImageFont.load_default(FONT_SIZE)
     width = video.shape[2] // len(titles)
-    columns = [wrapped(title, font, width - 2) for title in titles]
+    title_font = fitting_font(titles, width - 2)
+    columns = [wrapped(title, title_font, width - 2) for title in titles]
     above = _strip(max(map(len, columns)), video.shape[2])
     for position, lines in enumerate(columns):
         for number, line in enumerate(lines):
-            _write(above, (position * width + width // 2, number), line, font, "ma")
+            _write(above, (position * width + width // 2, number), line, title_font, "ma")
     whole = []
     for image, frame in zip(video, frames, strict=True):
         below = _strip(1, video.shape[2])
@@ -33,13 +35,28 @@ def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -
     return np.stack(whole)
 
 
+def fitting_font(titles: Sequence[str], width: float) -> Any:
+    """The largest in which no word of the titles is wider, or else the smallest."""
+    from PIL import ImageFont
+
+    words = [word.strip() for title in titles for word in _words(title)]
+    fonts = [ImageFont.load_default(size) for size in range(FONT_SIZE, SMALLEST_SIZE - 1, -1)]
+    fitting = (font for font in fonts if all(font.getlength(word) <= width for word in words))
+    return next(fitting, fonts[-1])
+
+
+def _words(title: str) -> list[str]:
+    """Its parts, each with the hyphens, commas and spaces after it."""
+    return re.findall(r"[^-, ]+[-, ]*|[-, ]+", title)
+
+
 def wrapped(title: str, font: Any, width: float) -> list[str]:
     """A title as lines of at most `width` pixels, broken after hyphens, commas and spaces.
 
     Words that are wider end in dots.
     """
     lines = [""]
-    for word in re.findall(r"[^-, ]*[-, ]*", title):
+    for word in _words(title):
         if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
             lines.append("")
         lines[-1] += word

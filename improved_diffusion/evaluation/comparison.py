@@ -1,20 +1,36 @@
 """By how much strategies differ, paired over videos, each difference with its 95 % interval.
 
 Samples of one video share its truth, and are hard or easy together: that part of the uncertainty of
-two numbers cancels in their difference.
+two numbers cancels in their difference. All is taken from tables: of metrics of frames and samples they
+hold the values, of distances between sets of videos what half of the videos give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from improved_diffusion.evaluation.cache import cache_name
-from improved_diffusion.evaluation.intervals import HALVES, Interval, mean_interval
-from improved_diffusion.evaluation.measurements import Measurements, Statistic
-from improved_diffusion.registry import METRICS, SAMPLE_METRICS
+from improved_diffusion.evaluation.intervals import HalfSampled, Interval, mean_interval
+from improved_diffusion.evaluation.metric_tables import COMPARED, ScoreTable
+from improved_diffusion.registry import METRICS, SAMPLE_METRICS, VIDEO_METRICS
+
+# What two tables must share for their videos to be pairs; of each they may hold other numbers of samples.
+PAIRED = tuple(key for key in COMPARED if key != "samples")
+
+
+def verdict(interval: Interval, higher_is_better: bool | None) -> str:
+    """What a difference means: "better" or "worse" only where the interval leaves no doubt about the sign.
+
+    "differs" where neither direction is better.
+    """
+    if interval.holds_zero:
+        return "not told apart"
+    if higher_is_better is None:
+        return "differs"
+    return "better" if (interval.low > 0) == higher_is_better else "worse"
 
 
 @dataclass(frozen=True)
@@ -34,71 +50,56 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Of `other`: "better" or "worse" only where the interval leaves no doubt about the sign."""
-        if self.interval.holds_zero:
-            return "not told apart"
-        higher_is_better = METRICS[self.metric].higher_is_better
-        if higher_is_better is None:
-            return "differs"
-        return "better" if (self.interval.low > 0) == higher_is_better else "worse"
+        """Of `other`."""
+        return verdict(self.interval, METRICS[self.metric].higher_is_better)
 
 
-def find_differences(measured: Mapping[str, Measurements]) -> list[Difference]:
-    """Those of every further set of samples, by name, from the first, in the metrics that both have.
+def find_differences(tables: Mapping[str, ScoreTable]) -> list[Difference]:
+    """Those of every further table, by name, from the first, in the metrics that both have.
 
-    Left out are metrics of other videos, truth, frames or settings, and of too few videos.
+    Left out are metrics of other videos, frames or settings, of too few videos, columns that say
+    nothing of the samples, and metrics that nobody here knows.
     """
-    (first_name, first), *others = measured.items()
+    (first_name, first), *others = tables.items()
     found = []
     for name, other in others:
-        if not _of_the_same(first, other):
+        if any(first.info.get(key) != other.info.get(key) for key in PAIRED):
             continue
-        for metric in [metric for metric in first.metrics if metric in other.metrics]:
+        for metric in [m for m in METRICS if m in first.values and m in other.values]:
             for column, n, interval in _intervals(metric, first, other):
                 if interval is not None:
                     found.append(Difference(metric, first_name, name, n, interval, column))
     return found
 
 
-def _of_the_same(first: Measurements, other: Measurements) -> bool:
-    """Whether both are of the same true videos, and of the same frames of them."""
-    one, two = (
-        (m.scored.videos, m.scored.predicted.tolist(), [c.digest for c in m.scored.truth_clips])
-        for m in (first, other)
-    )
-    return one == two
-
-
 def _intervals(
-    metric: str, first: Measurements, other: Measurements
+    metric: str, first: ScoreTable, other: ScoreTable
 ) -> Iterator[tuple[str, int, Interval | None]]:
     """Of each number of a metric: its column, the videos that count, the interval if there is one."""
-    ready = first.metrics[metric]
-    if ready.settings != other.metrics[metric].settings:
+    rows = [table.info.get("metrics", {}).get(metric, {}) for table in (first, other)]
+    if rows[0].get("settings") != rows[1].get("settings"):
         return
-    if ready.features is not None:
-        yield "", len(first.scored.videos), _of_distances(metric, first, other)
+    if metric in VIDEO_METRICS:
+        one, two = map(_half_sampled, rows)
+        if one is not None and two is not None:
+            yield "", one.n, (two - one).interval()
         return
-    one, two = (m.values(metric, ready.settings) for m in (first, other))
-    if one is None or two is None:
+    values = first.values[metric], other.values[metric]
+    if metric not in SAMPLE_METRICS:
+        differences = video_differences(*values)
+        yield "", len(differences), mean_interval(differences)
         return
-    several = metric in SAMPLE_METRICS
-    columns = SAMPLE_METRICS[metric].columns if several else ("",)
-    for i, column in enumerate(columns):
-        chosen = slice(i, i + 1) if several else slice(None)
-        differences = video_differences(one[..., chosen], two[..., chosen])
-        yield column, len(differences), mean_interval(differences)
+    kind = SAMPLE_METRICS[metric]
+    for i, column in enumerate(kind.columns):
+        if column not in kind.reference_columns:
+            differences = video_differences(*(array[..., i : i + 1] for array in values))
+            yield column, len(differences), mean_interval(differences)
 
 
-def _of_distances(metric: str, first: Measurements, other: Measurements) -> Interval | None:
-    settings = first.metrics[metric].settings
-    digests = [
-        [clip.digest for clips in m.scored.sample_clips for clip in clips]
-        for m in (first, other)
-    ]  # fmt: skip
-    truth = [clip.digest for clip in first.scored.truth_clips]
-    file = cache_name(f"difference_{metric}", digests, truth, settings, HALVES)
-    return other.kept_interval(file, lambda: _distances_differ(metric, first, other), len(truth))
+def _half_sampled(row: Mapping[str, Any]) -> HalfSampled | None:
+    """A distance as its row tells it; None where it does not, for few videos or as old tables."""
+    of_halves = row.get("interval", {}).get("of_halves")
+    return None if of_halves is None else HalfSampled(row["mean"], np.array(of_halves), row["n"])
 
 
 def video_differences(first: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -113,29 +114,13 @@ def video_differences(first: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.array([video.mean() for video in finite if len(video)])
 
 
-def _distances_differ(metric: str, first: Measurements, other: Measurements) -> Statistic | None:
-    """The difference of two distances from one truth, as a function of which videos count."""
-    of_each = []
-    for measured in (first, other):
-        scored = measured.scored
-        settings = measured.metrics[metric].settings
-        sets, truth = scored.sample_sets, scored.truth_clips
-        of_each.append(measured.statistic(metric, settings, sets, truth))
-    of_first, of_other = of_each
-    if of_first is None or of_other is None:
-        return None
-    return lambda chosen: of_other(chosen) - of_first(chosen)
-
-
 def format_differences(differences: Sequence[Difference]) -> str:
     """As text, a line each."""
     lines = []
     for difference in differences:
-        found = difference.interval
         label = f"{difference.metric} {difference.column}".rstrip()
         lines.append(
-            f"{label}: {difference.other} minus {difference.first}: {found.value:+.4g} "
-            f"[{found.low:+.4g}, {found.high:+.4g}] ({difference.n} videos, paired): "
-            f"{difference.verdict}"
+            f"{label}: {difference.other} minus {difference.first}: {difference.interval:+} "
+            f"({difference.n} videos, paired): {difference.verdict}"
         )
     return "\n".join(lines)

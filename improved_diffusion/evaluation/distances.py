@@ -41,3 +41,13 @@ class Motion(VideoMetric):
 
     def compute(self, samples: np.ndarray, truth: np.ndarray) -> float:
         return frechet_distance(samples, truth)
+
+
+class Fvmd(Motion):
+    """FVMD's: Fréchet distance of histograms of tracked points' velocity and acceleration.
+
+    Source: Liu et al. 2024 (arXiv 2407.16124), there of segments of all videos, here of their mean in
+    each video, so that videos are what is sampled.
+    """
+
+    features = "tracks"

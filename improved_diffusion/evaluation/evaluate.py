@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +79,21 @@ def evaluate(config: EvalConfig) -> Outcome:
             done[folder] = measured
         outcome.failures.update(measured.failures)
     if dist_util.is_main() and len(done) == len(folders):
-        names = metric_tables.short_names(folders)
-        measurements = dict(zip(names, done.values(), strict=True))
-        outcome.differences.extend(find_differences(measurements))
+        outcome.differences.extend(find_differences(_comparable_tables(done)))
     return outcome
+
+
+def _comparable_tables(done: Mapping[Path, Measurements]) -> dict[str, metric_tables.ScoreTable]:
+    """{name: what was asked for of a table}, of the first and of those that have the same truth."""
+    names = metric_tables.short_names(list(done))
+    truths = [[clip.digest for clip in m.scored.truth_clips] for m in done.values()]
+    found = {}
+    for name, measured, truth in zip(names, done.values(), truths, strict=True):
+        if truth == truths[0]:
+            values, info = metric_tables.read_scores(measured.scored.path)
+            asked = {metric: values[metric] for metric in measured.metrics}
+            found[name] = metric_tables.ScoreTable(asked, info)
+    return found
 
 
 def _score(measured: Measurements, batch_size: int) -> bool:

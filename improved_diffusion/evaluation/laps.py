@@ -21,7 +21,9 @@ from improved_diffusion.evaluation.metrics import (
 )
 
 LAPS = (2, 3, 4)
-PREDICTIONS = ("samples", "own last lap", "one period earlier", "last observed frame")
+OF_SAMPLES = ("samples", "own last lap")
+REFERENCES = ("one period earlier", "last observed frame")
+PREDICTIONS = OF_SAMPLES + REFERENCES
 
 
 class LapMetric(SampleMetric):
@@ -32,6 +34,7 @@ class LapMetric(SampleMetric):
     """
 
     columns = tuple(f"lap {lap}: {name}" for name in PREDICTIONS for lap in LAPS)
+    reference_columns = tuple(f"lap {lap}: {name}" for name in REFERENCES for lap in LAPS)
     of_frames: ClassVar[type[FrameMetric]]  # the metric that is averaged
 
     def __init__(self, options: Any = None, *, device: str = "cpu") -> None:
@@ -58,12 +61,14 @@ class LapPsnr(LapMetric):
     """Peak signal-to-noise ratio of each lap's mean squared error."""
 
     unit = "dB"
+    higher_is_better = True
     of_frames = Psnr
 
 
 class LapSsim(LapMetric):
     """Structural similarity lap by lap."""
 
+    higher_is_better = True
     Options = Ssim.Options
     of_frames = Ssim
 
@@ -71,6 +76,7 @@ class LapSsim(LapMetric):
 class LapLpips(LapMetric):
     """LPIPS lap by lap."""
 
+    higher_is_better = False
     Options = Lpips.Options
     of_frames = Lpips
 

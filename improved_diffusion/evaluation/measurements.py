@@ -6,7 +6,6 @@ features of each video, and each distance between sets of features.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from improved_diffusion.data.machine import default_device
 from improved_diffusion.evaluation.cache import Cache, TruthCache, cache_name
-from improved_diffusion.evaluation.intervals import HALVES, Interval, half_sample_interval
+from improved_diffusion.evaluation.intervals import HALVES, HalfSampled, half_sample
 from improved_diffusion.evaluation.metrics import Measure
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.evaluation.scored_set import Clip, ScoredSet
@@ -201,40 +200,31 @@ class Measurements:
         value = self.cache.load(file)
         return None if value is None else float(value)
 
-    def interval(
+    def half_sampled(
         self,
         name: str,
         settings: dict[str, Any],
         sets: Sequence[Sequence[Clip]],
         truth: Sequence[Clip],
-    ) -> Interval | None:
-        """That of the mean distance of `sets` of videos from `truth`, of which videos there are.
+    ) -> HalfSampled | None:
+        """The mean distance of `sets` of videos from `truth`, of all videos and of halves of them.
 
         Video i of each set and of the truth belong together. None for few videos, and where the
         cache lacks it.
         """
         names = [_names(clips, settings) for clips in (*sets, truth)]
-        return self.kept_interval(
-            cache_name(f"interval_{name}", names, settings, HALVES),
-            lambda: self.statistic(name, settings, sets, truth),
-            len(truth),
-        )
-
-    def kept_interval(
-        self, file: str, make: Callable[[], Statistic | None], n: int
-    ) -> Interval | None:
-        """The interval in the cache, or else of the statistic that `make` returns, if it does."""
+        file = cache_name(f"halves_{name}", names, settings, HALVES)
         kept = self.cache.load(file)
         if kept is None:
-            statistic = make()
-            found = None if statistic is None else half_sample_interval(statistic, n)
+            statistic = self._statistic(name, settings, sets, truth)
+            found = None if statistic is None else half_sample(statistic, len(truth))
             if found is None:
                 return None
-            kept = np.array(dataclasses.astuple(found))
+            kept = np.array([found.value, *found.of_halves])
             self.cache.save(file, kept)
-        return Interval(*map(float, kept))
+        return HalfSampled(float(kept[0]), kept[1:], len(truth))
 
-    def statistic(
+    def _statistic(
         self,
         name: str,
         settings: dict[str, Any],

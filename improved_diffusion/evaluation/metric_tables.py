@@ -10,12 +10,13 @@ import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from improved_diffusion.data.metric_weights import NumpyUnpickler
 from improved_diffusion.data.paths import atomic_write
+from improved_diffusion.evaluation.intervals import Interval
 from improved_diffusion.sampling.results import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,20 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     ):
         raise ValueError(f"{path} is no table {{metric: array of numbers}}: delete it")
     return table
+
+
+class ScoreTable(NamedTuple):
+    """{metric: values} of a table, and what the .json beside it says; both are empty where there is none."""
+
+    values: dict[str, np.ndarray]
+    info: dict[str, Any]
+
+
+def read_scores(path: Path | None) -> ScoreTable:
+    """The table `path` with its .json. Raises ValueError as `read_table`."""
+    if path is None or not path.exists():
+        return ScoreTable({}, {})
+    return ScoreTable(read_table(path), read_info(path))
 
 
 def write_table(path: Path, table: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
@@ -228,14 +243,13 @@ def plus_minus(row: Mapping[str, Any], sign: str = "") -> str:
     """A summary's mean and standard error, this with two digits and both to the same place.
 
     Of a distance between sets of videos that has one, the 95 % interval stands in the place of the
-    error: "592.7 [480.3, 705.1]". sign: "+" to show it of positive numbers, too. "-" where there is no mean.
+    error: "593 [480, 705]". sign: "+" to show it of positive numbers, too. "-" where there is no mean.
     """
     mean, error = row["mean"], row["standard_error"]
     if mean is None:
         return "-"
     if "interval" in row:
-        low, high = (row["interval"][end] for end in ("low", "high"))
-        return f"{mean:{sign}.4g} [{low:{sign}.4g}, {high:{sign}.4g}]"
+        return f"{Interval(mean, row['interval']['low'], row['interval']['high']):{sign}}"
     if not error:
         return f"{mean:{sign}.4g}"
     places = max(0, 1 - int(np.floor(np.log10(error))))

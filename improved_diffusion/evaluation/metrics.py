@@ -85,6 +85,8 @@ class SampleMetric(Measure, ABC):
 
     # What the numbers are; each has its own mean and standard error over the videos.
     columns: ClassVar[tuple[str, ...]]
+    # Those of them that say nothing of the sample: strategies are not compared by them.
+    reference_columns: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def compute(self, sample: np.ndarray, truth: TrueVideo) -> np.ndarray:

@@ -39,6 +39,7 @@ class PlaceMetric(SampleMetric):
     """A number of the samples and the same of the true videos. Needs a data set that the network knows."""
 
     columns = ("samples", "true videos")
+    reference_columns = ("true videos",)
     Options = PoseOptions
 
     def settings(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class PlaceJumps(PlaceMetric):
     """
 
     unit = "%"
+    higher_is_better = False
 
     def value(self, judge: PoseJudge, frames: np.ndarray, predicted: np.ndarray) -> float:
         after = predicted[predicted > 0]
@@ -81,7 +83,10 @@ class PlaceJumps(PlaceMetric):
 
 
 class PlaceReturns(PlaceMetric):
-    """Share of the sampled frames that show a place and heading of more than 20 frames before."""
+    """Share of the sampled frames that show a place and heading of more than 20 frames before.
+
+    Neither more nor fewer are better: that of the true videos is right.
+    """
 
     unit = "%"
 
@@ -95,6 +100,8 @@ class PlaceLpips(PlaceMetric):
 
     nan for a video that never returns.
     """
+
+    higher_is_better = False
 
     @dataclass(frozen=True)
     class Options(PoseOptions, Lpips.Options):

@@ -10,7 +10,7 @@ import numpy as np
 from improved_diffusion.data.file_lock import file_lock
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.cache import cache_name
-from improved_diffusion.evaluation.intervals import LEVEL, Interval
+from improved_diffusion.evaluation.intervals import LEVEL, HalfSampled
 from improved_diffusion.evaluation.measurements import Measurements
 from improved_diffusion.evaluation.options import METRICS
 from improved_diffusion.registry import SAMPLE_METRICS, VIDEO_METRICS
@@ -83,8 +83,11 @@ def _row(
         return metric_tables.summarise(values) | {"settings": settings}
     mean, error = metric_tables.mean_and_error(values)
     scored = measured.scored
-    row = {"n": len(scored.videos), "mean": mean, "standard_error": error}
-    row |= _interval(measured.interval(name, settings, scored.sample_sets, scored.truth_clips))
+    row: dict[str, Any] = {"n": len(scored.videos), "mean": mean, "standard_error": error}
+    found = measured.half_sampled(name, settings, scored.sample_sets, scored.truth_clips)
+    row |= _interval(found)
+    if found is not None:  # so that other tables can be compared with this one in pairs
+        row["interval"]["of_halves"] = found.of_halves.tolist()
     truth = cache_name("truth", [clip.digest for clip in scored.truth_clips])
     floor = _floor(measured, name, settings, truth)
     if floor is None and before.get("settings") == settings:
@@ -109,19 +112,20 @@ def _floor(
     if value is None:
         return None
     floor = {"value": value, "n": n, "partition": measured.scored.other, "truth": truth}
-    floor |= _interval(measured.interval(name, settings, [real], measured.floor_clips))
+    floor |= _interval(measured.half_sampled(name, settings, [real], measured.floor_clips))
     if measured.shared_floor_clips:
         shared = measured.distance(name, settings, real, measured.shared_floor_clips)
         if shared is not None:
             floor["shared"] = shared
-        found = measured.interval(name, settings, [real], measured.shared_floor_clips)
+        found = measured.half_sampled(name, settings, [real], measured.shared_floor_clips)
         floor |= _interval(found, "shared_interval")
     return floor
 
 
-def _interval(found: Interval | None, key: str = "interval") -> dict[str, Any]:
+def _interval(sampled: HalfSampled | None, key: str = "interval") -> dict[str, Any]:
     """What a row says of an interval; nothing where there is none."""
-    if found is None:
+    if sampled is None:
         return {}
+    found = sampled.interval()
     said = {"level": LEVEL, "low": found.low, "high": found.high, "at_half": found.at_half}
     return {key: said}

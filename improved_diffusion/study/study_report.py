@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.data.walks import far_apart, load_poses, near_poses
 from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.comparison import find_differences
+from improved_diffusion.evaluation.metric_tables import ScoreTable
 from improved_diffusion.registry import METRICS, VIDEO_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.trained_model import stored_dataset
@@ -74,23 +76,14 @@ def class_masks(config: StudyConfig, info: dict[str, Any], folder: Path) -> dict
 # ---------------------------------------------------------------- the report
 
 
-class CellTable(NamedTuple):
-    """The table of metrics of one cell; both are empty where there is none yet."""
-
-    values: dict[str, np.ndarray]
-    info: dict[str, Any]
-
-
-def read_tables(config: StudyConfig) -> dict[Cell, CellTable]:
-    """The tables of all cells."""
-    found = {}
-    for cell in cells(config):
-        path = paths.metrics_path(eval_dir(config, cell), config.num_videos, 1, config.T)
-        exists = path.exists()
-        found[cell] = CellTable(
-            metric_tables.read_table(path) if exists else {}, metric_tables.read_info(path)
+def read_tables(config: StudyConfig) -> dict[Cell, ScoreTable]:
+    """The tables of all cells, empty where there is none yet."""
+    return {
+        cell: metric_tables.read_scores(
+            paths.metrics_path(eval_dir(config, cell), config.num_videos, 1, config.T)
         )
-    return found
+        for cell in cells(config)
+    }
 
 
 def write_report(config: StudyConfig) -> Path:
@@ -120,7 +113,7 @@ def write_report(config: StudyConfig) -> Path:
     return path
 
 
-def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
+def score_table(config: StudyConfig, tables: dict[Cell, ScoreTable]) -> str:
     """All frames' scores, a row per cell, as markdown; the last row is of real videos."""
     bound = f"chain of {config.elbo_respacing or 'all'} timesteps"
     heads = [*_heads(config.modes), f"bits/dim ({bound})", "s/video"]
@@ -141,8 +134,8 @@ def score_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
     return markdown_table(["sampler", "strategy", *heads], rows)
 
 
-def coherence_table(config: StudyConfig, tables: dict[Cell, CellTable]) -> str:
-    """CellTable of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
+def coherence_table(config: StudyConfig, tables: dict[Cell, ScoreTable]) -> str:
+    """The scores of the classes of frames of `frame_classes`, a row per class and cell, as markdown."""
     modes = [mode for mode in config.modes if mode not in VIDEO_METRICS]
     rows = []
     for cell, (_, info) in tables.items():
@@ -165,20 +158,22 @@ def _heads(modes: Sequence[str]) -> list[str]:
 
 
 def _score(
-    tables: dict[Cell, CellTable], cell: Cell, mode: str, mask: np.ndarray | None = None
+    tables: dict[Cell, ScoreTable], cell: Cell, mode: str, mask: np.ndarray | None = None
 ) -> str:
     """One metric of one cell, over the frames of `mask` (None: all)."""
     values, info = tables[cell]
     if mode not in values:
         return "-"
+    other = reference(list(tables), cell)
+    pair = tables[other], tables[cell]
     if mode in VIDEO_METRICS:
-        return metric_tables.plus_minus(info["metrics"][mode])
+        shown = metric_tables.plus_minus(info["metrics"][mode])
+        return shown + ("" if other == cell else _distance_difference(mode, *pair))
 
     def summary(found: np.ndarray) -> dict[str, Any]:
         return metric_tables.summarise(found if mask is None else np.where(mask, found, np.nan))
 
     shown = metric_tables.plus_minus(summary(values[mode]))
-    other = reference(list(tables), cell)
     if shown == "-" or other == cell or mode not in tables[other].values:
         return shown
     with np.errstate(invalid="ignore"):  # two perfect frames: inf - inf is left out
@@ -186,7 +181,13 @@ def _score(
     return f"{shown} ({metric_tables.plus_minus(summary(difference), sign='+')})"
 
 
-def _floor(tables: dict[Cell, CellTable], mode: str) -> str:
+def _distance_difference(mode: str, first: ScoreTable, other: ScoreTable) -> str:
+    """That of a distance with its interval, in brackets; empty where there is none."""
+    found = {d.metric: d for d in find_differences({"first": first, "other": other})}
+    return f" ({found[mode].interval:+})" if mode in found else ""
+
+
+def _floor(tables: dict[Cell, ScoreTable], mode: str) -> str:
     """The distance between true videos that stands in the first table that has one."""
     for _, info in tables.values():
         floor = info.get("metrics", {}).get(mode, {}).get("floor")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from improved_diffusion.evaluation import curves, metric_tables
 from improved_diffusion.evaluation.curves import Curve
+from improved_diffusion.evaluation.intervals import MIN_VIDEOS
+from improved_diffusion.evaluation.metric_tables import ScoreTable
 from improved_diffusion.evaluation.options import ReportConfig
-from improved_diffusion.registry import FRAME_METRICS
+from improved_diffusion.registry import FRAME_METRICS, VIDEO_METRICS
 from improved_diffusion.sampling import provenance
 from improved_diffusion.sampling.results import EvalDir
 
@@ -40,14 +38,14 @@ NAMED = {
     "arithmetic": "precision",
     "seed": "seed",
 }
+# What every directory should say; other options may be those of some strategies alone.
+EXPECTED = {
+    "seconds per video": "how long sampling took",
+    "version": "the version of the code that sampled",
+    "weights (SHA-256)": "the hash of the weights",
+    "checkpoint": "the checkpoint",
+}
 SAID_ELSEWHERE = ("inference_mode", "observed_frames")
-
-
-class Table(NamedTuple):
-    """A table of metrics and what the .json beside it says; both are empty where there is none."""
-
-    values: dict[str, np.ndarray]
-    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Strategy:
     facts: dict[str, str]
     command: str | None
     observed: list[int]
-    table: Table
+    table: ScoreTable
     curves: dict[str, Curve]
     bits: dict[int, float]
 
@@ -118,7 +116,7 @@ def _check_comparable(strategies: list[Strategy], eval_dirs: list[EvalDir], *, a
 
 def _strategy(name: str, eval_dir: EvalDir) -> Strategy:
     path = curves.newest_table(eval_dir.path)
-    table = Table({}, {}) if path is None else _read_table(path)
+    table = metric_tables.read_scores(path)
     bounds = curves.read_bounds(eval_dir)
     return Strategy(
         name,
@@ -130,10 +128,6 @@ def _strategy(name: str, eval_dir: EvalDir) -> Strategy:
         | ({} if bounds is None else {curves.BITS: bounds.curve()}),
         {} if bounds is None else bounds.per_video,
     )
-
-
-def _read_table(path: Path) -> Table:
-    return Table(metric_tables.read_table(path), metric_tables.read_info(path))
 
 
 def _facts(eval_dir: EvalDir) -> dict[str, str]:
@@ -162,18 +156,28 @@ def _facts(eval_dir: EvalDir) -> dict[str, str]:
 
 def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
     """Sentences on what the directory does not say."""
-    expected = {
-        "seconds per video": "how long sampling took",
-        "version": "the version of the code that sampled",
-        "weights (SHA-256)": "the hash of the weights",
-        "checkpoint": "the checkpoint",
-    }
-    unsaid = [words for what, words in expected.items() if what not in strategy.facts]
+    unsaid = [words for what, words in EXPECTED.items() if what not in strategy.facts]
     if unsaid:
         yield f"{strategy.name}: its folder does not say {', '.join(unsaid)}."
     if not strategy.table.values:
         yield f"{strategy.name}: no scores; scripts/video_eval.py computes them."
     elif not strategy.table.values.keys() & FRAME_METRICS.keys():
         yield f"{strategy.name}: no scores of single frames, so no curves of them."
+    if old := _without_halves(strategy.table):
+        yield (
+            f"{strategy.name}: differences in {', '.join(old)}, whose table was written before it held "
+            "what they need; scripts/video_eval_fvd.py writes it anew from what it has kept."
+        )
     if curves.has_bounds(eval_dir) and not strategy.bits:
         yield f"{strategy.name}: its bounds, since the folder does not say of how many frames they are."
+
+
+def _without_halves(table: ScoreTable) -> list[str]:
+    """Distances of enough videos whose row lacks those of halves of the videos."""
+    return [
+        mode
+        for mode, row in table.info.get("metrics", {}).items()
+        if mode in VIDEO_METRICS
+        and row["n"] >= MIN_VIDEOS
+        and "of_halves" not in row.get("interval", {})
+    ]

@@ -15,12 +15,13 @@ import numpy as np
 from improved_diffusion.data.machine import code_version
 from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.evaluation import metric_tables
-from improved_diffusion.evaluation.comparison import video_differences
+from improved_diffusion.evaluation.comparison import find_differences, verdict
 from improved_diffusion.evaluation.curves import BITS, Curve
+from improved_diffusion.evaluation.intervals import MIN_VIDEOS, Interval, mean_interval
 from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.evaluation.options import ReportConfig, as_words
 from improved_diffusion.evaluation.plots import axis_label, count_label
-from improved_diffusion.evaluation.report.numbers import Numbers, Strategy, gather_numbers
+from improved_diffusion.evaluation.report.numbers import EXPECTED, Numbers, Strategy, gather_numbers
 from improved_diffusion.evaluation.report.videos import Videos, gather_videos
 from improved_diffusion.registry import FRAME_METRICS, METRICS, SAMPLE_METRICS, VIDEO_METRICS
 
@@ -74,6 +75,7 @@ def render(config: ReportConfig, numbers: Numbers, videos: Videos) -> str:
         notes=notes(strategies),
         shared=shared,
         own=[name for name in facts if name not in shared],
+        expected=EXPECTED,
         left_out=[*numbers.left_out, *videos.left_out],
         command=shlex.join(["python", "scripts/video_report.py", *as_words([config])]),
         version=code_version(),
@@ -110,6 +112,19 @@ class Score(NamedTuple):
     head: str
     column: int | None = None
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """(metric, name of its column, or "")."""
+        columns = () if self.column is None else SAMPLE_METRICS[self.mode].columns
+        return self.mode, columns[self.column] if columns else ""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it says nothing of the samples."""
+        return (
+            self.column is not None and self.key[1] in SAMPLE_METRICS[self.mode].reference_columns
+        )
+
 
 def score_tables(strategies: Sequence[Strategy]) -> list[Table]:
     """Means over videos: a table of all metrics with one number, one of each that has several."""
@@ -126,19 +141,46 @@ def score_tables(strategies: Sequence[Strategy]) -> list[Table]:
 
 
 def difference_tables(strategies: Sequence[Strategy], base: Strategy) -> list[Table]:
-    """The same of differences from `base`, paired over videos."""
+    """The same of differences from `base`, paired over videos, of what says something of the samples."""
+    others = [strategy for strategy in strategies if strategy is not base]
     tables = []
     for caption, scores in _scores(strategies):
-        paired = [score for score in scores if score.mode not in VIDEO_METRICS]
-        rows = [
-            (s.name, [_cell(_difference(s, base, score), "+") for score in paired])
-            for s in strategies
-            if s is not base
-        ]
-        said = f"{caption}Difference from {base.name}, paired over the same n videos"
-        if paired and rows:
-            tables.append(Table(said, [score.head for score in paired], rows))
+        compared = [score for score in scores if not score.is_reference]
+        rows = [(s.name, _difference_cells(s, base, compared)) for s in others]
+        if compared and rows:
+            said = f"{caption}Difference from {base.name}"
+            tables.append(Table(said, [score.head for score in compared], rows))
     return tables
+
+
+def _difference_cells(
+    strategy: Strategy, base: Strategy, scores: Sequence[Score]
+) -> list[tuple[str, str]]:
+    found = {
+        (d.metric, d.column): (d.interval, d.n, d.verdict)
+        for d in find_differences({base.name: base.table, strategy.name: strategy.table})
+    }
+    videos = strategy.bits.keys() & base.bits.keys()
+    of_bits = mean_interval(np.array([strategy.bits[v] - base.bits[v] for v in videos]))
+    if of_bits is not None:
+        found[BITS, ""] = of_bits, len(videos), verdict(of_bits, higher_is_better=False)
+    return [
+        _difference_cell(*found[score.key])
+        if score.key in found
+        else ("-", _why_not(strategy, score))
+        for score in scores
+    ]
+
+
+def _difference_cell(interval: Interval, n: int, said: str) -> tuple[str, str]:
+    return _typeset(f"{interval:+}"), f"n = {n}, {said}"
+
+
+def _why_not(strategy: Strategy, score: Score) -> str:
+    """Why a strategy has no difference; empty where its table says nothing of it."""
+    row = _summary(strategy, score)
+    few = row is not None and score.mode in VIDEO_METRICS and row["n"] < MIN_VIDEOS
+    return f"fewer than {MIN_VIDEOS} videos" if few else ""
 
 
 def _scores(strategies: Sequence[Strategy]) -> list[tuple[str, list[Score]]]:
@@ -158,41 +200,26 @@ def _scores(strategies: Sequence[Strategy]) -> list[tuple[str, list[Score]]]:
     return ([("", single)] if single else []) + several
 
 
-def _cell(row: Mapping[str, Any] | None, sign: str = "") -> tuple[str, str]:
+def _cell(row: Mapping[str, Any] | None) -> tuple[str, str]:
     if row is None or row["mean"] is None:
         return "-", ""
     infinite = f", {row['infinite']} infinite" if row.get("infinite") else ""
-    shown = metric_tables.plus_minus(row, sign).replace("-", "\N{MINUS SIGN}")
-    return shown, f"n = {row['n']}{infinite}"
+    return _typeset(metric_tables.plus_minus(row)), f"n = {row['n']}{infinite}"
+
+
+def _typeset(numbers: str) -> str:
+    """Lines break between a value and its interval alone."""
+    spaced = numbers.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}[", " [")
+    return spaced.replace("-", "\N{MINUS SIGN}")
 
 
 def _summary(strategy: Strategy, score: Score) -> Mapping[str, Any] | None:
     if score.mode == BITS:
-        return _of_videos(np.array(list(strategy.bits.values())))
+        bits = np.array(list(strategy.bits.values()))
+        mean, error = metric_tables.mean_and_error(bits)
+        return {"n": len(bits), "mean": mean, "standard_error": error}
     row = strategy.table.info.get("metrics", {}).get(score.mode)
     return row if row is None or score.column is None else row["columns"][score.column]
-
-
-def _of_videos(numbers: np.ndarray) -> dict[str, Any]:
-    """The summary of one number per video."""
-    mean, error = metric_tables.mean_and_error(numbers)
-    return {"n": len(numbers), "mean": mean, "standard_error": error}
-
-
-def _difference(strategy: Strategy, base: Strategy, score: Score) -> Mapping[str, Any] | None:
-    """None where the two were not computed on the same frames of the same videos."""
-    if score.mode == BITS:
-        videos = strategy.bits.keys() & base.bits.keys()
-        return _of_videos(np.array([strategy.bits[v] - base.bits[v] for v in videos]))
-    tables = strategy.table, base.table
-    if not all(score.mode in table.values for table in tables):
-        return None
-    ours, theirs = ([t.info.get(k) for k in metric_tables.COMPARED] for t in tables)
-    if ours != theirs:
-        return None
-    chosen = slice(None) if score.column is None else [score.column]
-    values, others = (table.values[score.mode][..., chosen] for table in tables)
-    return _of_videos(video_differences(others, values))
 
 
 def _floor(strategies: Sequence[Strategy], mode: str) -> tuple[str, str] | None:
