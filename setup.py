@@ -28,11 +28,14 @@ CHECKS = ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"]
 
 setup(
     name="improved-diffusion",
-    version="0.1.0",
+    version="0.2.0",
     description="Flexible diffusion modeling of long videos",
     license="MIT",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
-    package_data={"improved_diffusion.evaluation.report": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "improved_diffusion.evaluation.report": ["page.html", "page.css", "page.js"],
+        "improved_diffusion.study": ["presets/*.json"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5",

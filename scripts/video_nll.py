@@ -20,7 +20,7 @@ EPILOG = """\
 examples:
   python scripts/video_nll.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg --step_size 10
   python scripts/video_nll.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 --step_size 10 \\
-    --timestep_respacing 100 --subset_size 4
+    --stratified --subset_size 8
 """
 
 

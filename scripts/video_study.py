@@ -1,8 +1,7 @@
 """Compare inference strategies on a small data set by the documented commands, one after the other.
 
 Commands that are done are skipped; --only spreads them over sittings and processes. Writes
-<out>/tables.md, plots and a report of each sampler (<out>/<sampler>.png, .html), and an evaluation
-directory per strategy.
+<out>/tables.md, curves.png, videos.gif, report.html, and an evaluation directory per strategy.
 """
 
 import argparse
@@ -14,8 +13,8 @@ from improved_diffusion.study.options import StudyConfig
 
 EPILOG = """\
 examples:
-  python scripts/video_study.py bouncy_balls
-  python scripts/video_study.py memory_mazes --list
+  python scripts/video_study.py maze_laps
+  python scripts/video_study.py bouncy_balls --num_videos 4 --num_samples 1 --bound_videos 0 --list
 """
 
 
@@ -35,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     options = config_from_args(StudyConfig, args)
     from improved_diffusion.study import study
+    from improved_diffusion.study.arms import resolve
 
-    config = study.resolve(options)
+    config = resolve(options)
     if args.list:
         print(study.listing(config, args.only))
     else:

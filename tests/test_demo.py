@@ -2,13 +2,15 @@
 
 import pytest
 
-from helpers import call_main, make_checkpoint
+from helpers import ROOT, call_main, make_checkpoint
 from improved_diffusion.bouncy_balls import make_dataset
 from improved_diffusion.data import ray_mazes
+from improved_diffusion.study import demo
+from improved_diffusion.study.options import DemoConfig
 
 SIZES = (
-    "--num_videos 1 --T 6 --obs_length 2 --max_frames 4 --step_size 2 --timesteps 2 "
-    "--warm_up_updates 2 --maze_T 100 --maze_timesteps 2"
+    "--num_videos 2 --T 9 --obs_length 5 --timesteps 2 --queries 1 --warm_up_updates 1 "
+    "--maze_indices 0 --maze_T 100 --maze_timesteps 2"
 ).split()
 
 
@@ -20,8 +22,12 @@ def folder(tmp_path, monkeypatch):
     make_dataset(tmp_path / "datasets" / "bouncing_balls_100", num_train=2, num_test=2)
     laps = tmp_path / "datasets" / "maze_laps_32"
     ray_mazes.make_dataset("maze_laps", laps, num_train=1, num_test=1)
-    path = "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt"
-    make_checkpoint(tmp_path / path, "maze_laps", image_size=32, T=240)
+    for dataset, T in (("maze_laps", 240), ("bouncy_balls", 100)):
+        path = tmp_path / f"checkpoints/pretrained/{dataset}/ema_0.99_latest.pt"
+        make_checkpoint(path, dataset, image_size=32, T=T, max_frames=8)
+    configs = tmp_path / "scripts/configs"
+    configs.parent.mkdir()
+    configs.symlink_to(ROOT / "scripts/configs")
     return tmp_path
 
 
@@ -41,18 +47,45 @@ def test_laps_of_mazes_are_continued_with_and_without_recalling(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_trains_samples_scores_and_writes_gifs(folder, capsys):
+def test_a_network_is_trained_and_stands_beside_a_repeated_frame_and_a_pretrained_one(
+    folder, capsys
+):
     call_main("video_demo.py", "--minutes", "0.0001", *SIZES)
-    balls = "results/demo/**"
-    assert len(list(folder.glob(f"{balls}/samples/*.npy"))) == 2  # by two strategies
-    assert len(list(folder.glob(f"{balls}/videos/*.gif"))) >= 2
     printed = capsys.readouterr().out
-    assert "psnr" in printed and "last observed frame repeated" in printed
+    for name in ("after 0 updates ", "after 1 updates "):
+        (row,) = [line for line in printed.splitlines() if line.startswith(name)]
+        assert len(row.split()) == 3 + 7 + 1  # the bound beside an error for each log SNR
+    trained, pretrained = printed.split("16x16, frame")[1].split("32x32, frame")
+    for name, table in (("trained just now", trained), ("pretrained", pretrained)):
+        ours, repeated, difference = (
+            line for line in table.splitlines() if line.startswith((name, "last ", "difference"))
+        )
+        gap = float(ours.split()[-1]) - float(repeated.split()[-1])
+        assert float(difference.split()[4]) == pytest.approx(gap, abs=0.02)
+    assert len(list(folder.glob("results/demo/**/samples/*.npy"))) == 2
+    assert list(folder.glob("results/demo/**/videos/grid.gif"))
+
+
+def test_training_goes_on_until_its_time_is_up(folder, monkeypatch):
+    """A clock that a chunk of n updates moves by 2 n seconds; training itself is left out."""
+    now, made = [0.0], []
+
+    def run(chosen_train, *_):
+        made.append(chosen_train.max_steps)
+        now[0] += 2 * (made[-1] - (made[-2] if made[1:] else 0))
+
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(demo, "train_run", run)
+    monkeypatch.setattr(demo, "updates_made", lambda: made[-1] if made else 0)
+    config = DemoConfig(minutes=4.0, warm_up_updates=20)
+    demo.train(config, demo.parse_recipe("video_train.py", demo._training_words(config)))
+    assert made == [20, 70, 120]  # of 240 s; looks at the clock after 100
 
 
 def test_a_network_that_is_not_there_is_named(folder):
-    with pytest.raises(
-        FileNotFoundError, match="nothing.pt is not there: start in the repository's root"
-    ):
+    with pytest.raises(FileNotFoundError, match="--maze_checkpoint nothing.pt: no such file"):
         call_main("video_demo.py", "--maze_checkpoint", "nothing.pt")
+    (folder / "checkpoints").rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="start in the repository's root"):
+        call_main("video_demo.py")
     assert not (folder / "results").exists()

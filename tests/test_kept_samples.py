@@ -321,6 +321,12 @@ def test_samples_of_a_data_set_that_has_changed_are_not_added_to(checkpoint):
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
         ({"optimal": True}, "optimal_schedule.pt"),
         ({"obs_length": 12, "T": 20}, "12 frames|--obs_length"),
+        ({"inference_mode": "parallel-hierarchy-2", "step_size": 1}, "^--step_size 1"),
+        ({"guidance": 2.0, "guidance_interval": (0.1, 0.2)}, "^--guidance_interval 0.1 0.2: none"),
+        (
+            {"spacing": "rho7", "timestep_respacing": "9"},
+            "^--spacing rho7 with --timestep_respacing '9': give a number from 2 to the 3",
+        ),
     ],
 )
 def test_a_run_that_fails_leaves_no_folder(checkpoint, monkeypatch, options, words):

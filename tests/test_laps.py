@@ -8,6 +8,7 @@ import pytest
 
 from helpers import call_main, make_folder_dataset
 from improved_diffusion.data.walks import map_path
+from improved_diffusion.evaluation import gallery
 from improved_diffusion.evaluation.laps import (
     LAPS,
     PREDICTIONS,
@@ -18,7 +19,7 @@ from improved_diffusion.evaluation.laps import (
     predictions,
 )
 from improved_diffusion.evaluation.metrics import TrueVideo
-from improved_diffusion.evaluation.options import EvalConfig
+from improved_diffusion.evaluation.options import EvalConfig, GifConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
 from improved_diffusion.sampling.results import EvalDir
 
@@ -199,3 +200,20 @@ def test_a_period_is_counted_in_the_frames_that_are_read(eval_dir):
         ScoredSet.resolve(config, strided.path).periods  # noqa: B018
     np.savez(map_path(data / "test/0.npy"), period=4)
     assert ScoredSet.resolve(config, strided.path).periods == [2, 3]
+
+
+def test_gifs_say_which_lap_a_frame_is_of_where_the_videos_shown_share_one(eval_dir, monkeypatch):
+    notes = {}
+    monkeypatch.setattr(gallery, "captioned", lambda grid, titles, said: notes.update(last=said))
+    monkeypatch.setattr(gallery, "write_video", lambda *_, **__: None)
+
+    def shown(**options) -> list[str]:
+        folder = str(eval_dir.path)
+        gallery.make_gallery(GifConfig(eval_dir=(folder,), grid=True, **options))
+        return notes["last"]
+
+    one = shown(num_videos=1, add_gt=True)
+    assert one[:7] == [f"frame {i}, lap 1, observed" for i in range(6)] + ["frame 6, lap 2"]
+    assert (one[10], one[11], one[16]) == ("frame 10, lap 2", "frame 11, lap 3", "frame 16, lap 4")
+    assert shown(add_gt=True, every=3)[2] == "frame 6"  # laps of 5 and of 6 frames
+    assert shown(num_videos=1)[6] == "frame 6"  # without the truth nobody looks

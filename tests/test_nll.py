@@ -114,6 +114,20 @@ def test_a_step_equals_the_published_loop_given_the_same_noise(frames, monkeypat
     assert of_step(bound, frames, key=(5, 3)) != pytest.approx(expected, rel=1e-5)
 
 
+def test_the_stratified_estimate_is_the_bound_on_average_in_few_calls(frames):
+    """The bound of a constant prediction does not depend on the noise: what varies are the draws."""
+    exact = make_bound(zero_model, predict_xstart=True)
+    estimate = make_bound(zero_model, predict_xstart=True)
+    estimate.stratified = True
+    found = np.array([of_step(estimate, frames, key=(5, stage)) for stage in range(200)])
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    assert 0 < error < 0.05 * found.mean()
+    assert abs(found.mean() - of_step(exact, frames)) < 4 * error
+    calls = estimate.denoiser.calls
+    of_step(estimate, frames)
+    assert estimate.denoiser.calls - calls == 2  # {0}, {1}, {2, 3}, {4 .. 7}, {8 .. 11}, 3 at once
+
+
 def test_the_bound_does_not_depend_on_the_batch_size(frames):
     values = [of_step(make_bound(batch_size=size), frames) for size in (1, 5, 12, 100)]
     np.testing.assert_allclose(values, values[0], rtol=1e-6)
@@ -203,6 +217,15 @@ def test_a_step_of_the_network_is_bounded_on_the_frames_of_the_strategy(checkpoi
     for step, indices in enumerate(([2, 3, 4, 5], [4, 5, 6, 7])):
         expected = bound(video[indices], indices, 2, (2, step))
         assert load(bounds, 2)[step] == pytest.approx(expected, rel=1e-5)
+
+
+def test_estimates_say_so_and_do_not_mix_with_bounds(checkpoint):
+    exact = bound_dataset(checkpoint)
+    assert "estimate" not in nll.format_bounds(exact)
+    with pytest.raises(ValueError, match="holds bounds made with stratified False, not True"):
+        bound_dataset(checkpoint, stratified=True)
+    estimate = bound_dataset(checkpoint, stratified=True, eval_dir="other")
+    assert "an unbiased estimate of the bound of the chain of all" in nll.format_bounds(estimate)
 
 
 def test_batches_and_array_tasks_change_nothing(checkpoint, monkeypatch, caplog):

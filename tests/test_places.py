@@ -83,6 +83,20 @@ def test_a_relative_pose_leads_from_one_pose_to_the_other():
     assert (np.abs(turn) <= np.pi).all()
 
 
+def test_near_poses_share_a_place_and_a_heading_modulo_a_turn():
+    pose = np.array([1.0, 1.0, np.radians(179)])
+    others = [
+        ([1.0, 1.0, np.radians(-179)], True),  # two degrees away
+        ([1.0, 1.0, np.radians(179) + 6 * np.pi], True),
+        ([1.49, 1.0, np.radians(179)], True),
+        ([1.0, 1.51, np.radians(179)], False),
+        ([1.0, 1.0, np.radians(158)], False),
+    ]
+    near = near_poses(np.array([pose, *(other for other, _ in others)]))
+    assert near[0, 0] and near[0, 1:].tolist() == [expected for _, expected in others]
+    np.testing.assert_array_equal(near, near.T)
+
+
 def test_frames_are_far_apart_when_one_is_much_earlier():
     later, earlier = np.nonzero(far_apart(30))
     assert (later - earlier).min() == 21 and len(later) == 45

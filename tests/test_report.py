@@ -200,14 +200,16 @@ def test_a_page_that_would_be_too_large_says_what_it_left_out(folders, caplog):
 
 
 def test_what_earlier_versions_did_not_record_is_named(folders, tmp_path):
-    old = tmp_path / folders[1].name
-    old.mkdir()
-    for name in ("samples", "truth", "model_config.json", "sample_config.json"):
-        (old / name).symlink_to(folders[1] / name)
+    other, old = (tmp_path / folder.name for folder in folders)
+    for made, folder in ((other, folders[0]), (old, folders[1])):
+        made.mkdir()
+        for name in ("samples", "truth", "model_config.json", "sample_config.json"):
+            (made / name).symlink_to(folder / name)
     stored = json.loads((folders[0] / "sample_config.json").read_text())
     page = report([old])
-    assert "hierarchy-2: its folder does not say how long sampling took, the version" in page
+    assert "hierarchy-2: the folder does not say how long sampling took, the version" in page
     assert "hierarchy-2: no scores" in page
+    assert "autoreg, hierarchy-2: no scores" in report([other, old]), "each sentence once"
     assert page_data(page)["schedules"], "the schedule follows from the stored options"
     adaptive = tmp_path / "adaptive"
     adaptive.mkdir()

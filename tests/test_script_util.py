@@ -92,7 +92,7 @@ def test_indices_and_flags_parse_as_documented():
     (SampleConfig, "c --inference_mode gibbs --indices 3,1 2", "indices", (3, 1, 2)),
     (EvalConfig, "--eval_dir a --modes psnr,ssim lpips", "modes", ("psnr", "ssim", "lpips")),
     (EvalConfig, "--eval_dir a,b c", "eval_dir", ("a,b", "c")),
-    (StudyConfig, "x --strategies gibbs autoreg,exp-past", "strategies", "gibbs,autoreg,exp-past"),
+    (StudyConfig, "x --strategies gibbs autoreg,exp-past", "strategies", ("gibbs", "autoreg", "exp-past")),
     (BenchmarkConfig, "--measure forward train", "measure", "forward,train"),
 ])  # fmt: skip
 def test_items_of_a_list_are_apart_by_spaces_or_commas(group, words, name, value):
@@ -100,7 +100,7 @@ def test_items_of_a_list_are_apart_by_spaces_or_commas(group, words, name, value
 
 
 def test_an_empty_list_and_a_wrong_item(capsys):
-    assert parse(StudyConfig, "x", "--ddpm_strategies", "").ddpm_strategies == ""
+    assert parse(BenchmarkConfig, "--measure", "").measure == ""
     with pytest.raises(SystemExit):
         parse(SampleConfig, "c", "--inference_mode", "gibbs", "--indices", "1,x")
     assert "--indices: invalid int value: '1,x'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The study: its commands, what is run again, the classes of frames, the report."""
+"""The study: its presets, its commands, what is run again, the report."""
 
 import dataclasses
 import json
@@ -13,48 +13,38 @@ import pytest
 
 import helpers
 from helpers import make_checkpoint
-from improved_diffusion.data import paths, walks
-from improved_diffusion.evaluation.metric_tables import ScoreTable, read_info, read_table
+from improved_diffusion.data import ray_mazes
+from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.intervals import Interval
+from improved_diffusion.evaluation.metric_tables import read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
+from improved_diffusion.study.arms import PRESETS, arms, preset_names, resolve
 from improved_diffusion.study.commands import in_place_of, run_script
 from improved_diffusion.study.options import StudyConfig
 from test_readme import load_script
 
-SIZES = {"obs_length": 4, "T": 10, "max_frames": 4, "step_size": 2, "num_videos": 2}
+CHECKPOINT = "checkpoints/pretrained/maze_laps/ema_0.9_latest.pt"
 
-
-def make_mazes(root: Path, num_test: int = 3, T: int = 12) -> None:
-    """A data set in the form of memory_mazes: walks there and back on a line, 64x64."""
-    rng = np.random.default_rng(0)
-    for folder in ("train", "test", "poses/train", "poses/test"):
-        (root / folder).mkdir(parents=True)
-    for index in range(num_test):
-        x = 0.6 * np.minimum(np.arange(T), T - 1 - np.arange(T))
-        poses = np.stack([x, np.zeros(T), np.full(T, index)], axis=1).astype(np.float32)
-        for partition in ("train", "test"):
-            frames = rng.integers(0, 255, (T, 64, 64, 3), dtype=np.uint8)
-            np.save(root / partition / f"{index}.npy", frames)
-            np.save(root / "poses" / partition / f"{index}.npy", poses)
+SIZES = {"obs_length": 60, "T": 64, "max_frames": 4, "step_size": 2, "num_videos": 2}
+RECALL = "recall-autoreg --distance l2 --recall_recent 1"
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> StudyConfig:
-    """A tiny study of memory_mazes in a fresh current directory."""
+    """A tiny study of maze_laps in a fresh current directory."""
     monkeypatch.chdir(tmp_path)
-    make_mazes(tmp_path / "datasets/memory_mazes")
-    make_checkpoint(tmp_path / "checkpoints/run/ema_0.9_latest.pt", "memory_mazes")
-    return study.resolve(
+    folder = tmp_path / "datasets/maze_laps_32"
+    ray_mazes.make_dataset("maze_laps", folder, num_train=2, num_test=3)
+    make_checkpoint(tmp_path / CHECKPOINT, "maze_laps", image_size=32, T=240)
+    return resolve(
         StudyConfig(
-            dataset="memory_mazes",
-            checkpoint="checkpoints/run/ema_0.9_latest.pt",
-            strategies="autoreg,hierarchy-2",
-            ddpm_strategies="autoreg",
-            solver_steps=2,
-            ddpm_steps=3,
-            elbo_videos=1,
-            elbo_respacing="2",
-            modes=("psnr", "ssim"),
+            preset="maze_laps",
+            strategies=("autoreg", RECALL),
+            timesteps=2,
+            num_samples=1,
+            bound_videos=1,
+            modes=("psnr", "lap_psnr"),
             **SIZES,
         )
     )
@@ -73,12 +63,14 @@ def ran() -> Ran:
     return Ran()
 
 
-# ---------------------------------------------------------------- the commands
+# ---------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("dataset", study.PRESETS)
-def test_every_command_of_a_preset_parses(dataset):
-    commands = study.commands(study.resolve(StudyConfig(dataset=dataset)))
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_command_of_a_preset_parses(preset):
+    config = resolve(StudyConfig(preset, checkpoint="some.pt"))
+    assert config.dataset == preset and config.num_videos == 16 and config.num_samples == 2
+    commands = study.commands(config)
     assert len({command.name for command in commands}) == len(commands)
     for command in commands:
         script = f"scripts/{command.script}"
@@ -86,92 +78,127 @@ def test_every_command_of_a_preset_parses(dataset):
         assert command.line == shlex.join(["python", script, *command.words])
 
 
-def test_a_command_comes_after_what_it_needs_and_options_win_over_the_preset():
-    config = study.resolve(StudyConfig(dataset="bouncy_balls", strategies="autoreg", T=60))
+def test_presets_compare_the_same_strategies():
+    modes = {
+        preset: [arm.mode for arm in arms(resolve(StudyConfig(preset, checkpoint="some.pt")))]
+        for preset in preset_names()
+    }
+    assert list(modes) == ["bouncy_balls", "colour_mazes", "maze_laps"]
+    assert len(set(map(tuple, modes.values()))) == 1 and len(modes["maze_laps"]) == 8
+
+
+def test_options_win_over_the_preset_and_a_file_of_ones_own_is_one(tmp_path):
+    config = resolve(StudyConfig("bouncy_balls", strategies=("autoreg",), T=60, checkpoint="a.pt"))
     assert (config.T, config.obs_length, config.out) == (60, 10, "results/study/bouncy_balls")
-    names = [command.name for command in study.commands(config)]
-    chain = "schedule.autoreg sample.dpmpp2m_20.autoreg_optimal fvd.dpmpp2m_20.optimal".split()
-    assert sorted(chain, key=names.index) == chain
-    first = names.index("sample.dpmpp2m_20.autoreg")
-    assert first < names.index("scores.dpmpp2m_20") < names.index("plot.dpmpp2m_20")
+    file = tmp_path / "mine.json"
+    values = json.loads((PRESETS / "bouncy_balls.json").read_text())
+    file.write_text(json.dumps(values | {"checkpoint": "b.pt", "T": 30}))
+    config = resolve(StudyConfig(str(file), step_size=2))
+    assert (config.T, config.step_size, config.checkpoint) == (30, 2, "b.pt")
+    assert config.out == "results/study/mine"
+
+
+def test_a_file_that_says_too_little_or_something_unknown_is_refused(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"dataset": "bouncy_balls"}')
+    with pytest.raises(ValueError, match="mine.json does not say T: add it, or give --T"):
+        resolve(StudyConfig(str(file)))
+    file.write_text('{"vidoes": 4}')
+    with pytest.raises(ValueError, match="mine.json: vidoes is no option of a study"):
+        resolve(StudyConfig(str(file)))
+    with pytest.raises(FileNotFoundError, match="minerl: no such study: choose from bouncy_balls"):
+        resolve(StudyConfig("minerl"))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dataset": "minerl"}, "'minerl' has no study: choose from memory_mazes, bouncy_balls"),
-        ({"strategies": "gibbs"}, "--strategies gibbs"),
-        ({"strategies": "goal-directed-autoreg", "step_size": 2}, "--strategies goal-directed"),
+        ({"strategies": ("gibbs",)}, "--strategies gibbs"),
+        ({"strategies": ("goal-directed-autoreg",), "step_size": 2}, "--strategies goal-directed"),
+        ({"strategies": ("autoreg", "autoreg")}, "two of them are autoreg_8_4_100_10: drop one"),
+        ({"strategies": ("autoreg --eta 1",)}, "--eta 1"),
+        ({"strategies": ("autoreg --guidance 2",)}, "give options of the strategy alone"),
         ({"step_size": 10}, "--step_size 10 is illegal"),
         ({"modes": ("mse",)}, "--modes 'mse' is unknown"),
     ],
 )
 def test_impossible_studies_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        study.resolve(StudyConfig(**{"dataset": "memory_mazes"} | options))
+        resolve(StudyConfig("bouncy_balls", checkpoint="a.pt", **options))
+
+
+def test_one_strategy_with_different_options_has_arms_that_say_so(config):
+    config = dataclasses.replace(config, strategies=("autoreg", RECALL, f"{RECALL} --recall_gap 9"))
+    names = [arm.name for arm in arms(config)]
+    assert names == ["autoreg", "recall-autoreg_recent1", "recall-autoreg_recent1_gap9"]
+    assert [arm.folder for arm in arms(config)] == [f"{name}_4_2_64_60" for name in names]
 
 
 # ---------------------------------------------------------------- running
 
 
 @pytest.mark.slow
-def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran, monkeypatch):
-    monkeypatch.setattr(walks, "GAP_FRAMES", 2)
+def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran):
+    config = dataclasses.replace(config, T=120)  # the laps of these videos end there, or before
     study.run(config, run_script=ran)
-    assert len(ran) == len(study.commands(config)) == 13
+    assert len(ran) == len(study.commands(config)) == 8
     report = study_report.write_report(config).read_text()
-    for row in ("dpmpp2m_2 | autoreg", "dpmpp2m_2 | hierarchy-2", "ddpm_3 | autoreg"):
-        assert f"| {row} | " in report
-    assert "scripts/video_nll.py" in report
-    first, cell = study.cells(config)[:2]
+    assert "scripts/video_nll.py" in report and "--stratified" in report
+    first, arm = arms(config)
     bits, of_first = (
-        np.load(study.eval_dir(config, c) / "elbos/elbo_0002.npy").sum() / (6 * 3 * 32**2)
-        for c in (cell, first)
+        np.load(study.eval_dir(config, a) / f"elbos/elbo_{video}.npy").sum() / (60 * 3 * 32**2)
+        for a in (arm, first)
+        for video in [bound_video(config)]
     )
-    assert f"| {of_first:.4g}, n = 1 |" in report
-    assert f"| {bits:.4g} ({bits - of_first:+.4g}), n = 1 |" in report
-
-    path = paths.metrics_path(study.eval_dir(config, cell), 2, 1, 10)
-    values, info = read_table(path)["psnr"][:, 0], read_info(path)
-    # The walk's 12 true frames stand at 0, 1 ... 5, 5 ... 0: the study sees frames 0 to 9, and
-    # frames 8 and 9 return to the observed 3 and 2.
-    columns = [info["frames"].index(frame) for frame in (8, 9)]
-    row = re.search(
-        r"returns to observed \| dpmpp2m_2 \| hierarchy-2 \| 4 \| 2 \| ([\d.]+)", report
-    )
-    assert float(row[1]) == pytest.approx(values[:, columns].mean(), rel=1e-3)
+    assert f"| {of_first:.4g}, n = 1 |" in report and f"| {bits:.4g}, n = 1 |" in report
+    values = read_table(study.table_path(config, first))["lap_psnr"]
+    assert f"| autoreg | samples | {summary(values[..., 0])}" in report
+    row = re.search(r"recall-autoreg \| samples \| .* \(([+-]\S+) \[", report)
+    other = read_table(study.table_path(config, arm))["lap_psnr"]
+    assert float(row[1]) == pytest.approx((other[..., 0] - values[..., 0]).mean(), rel=1e-2)
+    assert "| - | last observed frame | " in report and "| - | one period earlier | inf" in report
 
     study.run(config, run_script=ran)
-    assert len(ran) == 13
+    assert len(ran) == 8
+
+
+def bound_video(config: StudyConfig) -> str:
+    """The one video whose bound was estimated, as its file names it."""
+    (path,) = (study.eval_dir(config, arms(config)[0]) / "elbos").iterdir()
+    return path.stem.removeprefix("elbo_")
+
+
+def summary(values: np.ndarray) -> str:
+    return metric_tables.plus_minus(metric_tables.summarise(values))
 
 
 @pytest.mark.slow
 def test_only_chosen_commands_run_each_with_a_record_of_its_own(config, ran):
-    study.run(config, ["sample.*.autoreg"], run_script=ran)
+    study.run(config, ["sample.*"], run_script=ran)
     assert ran == ["video_sample.py"] * 2
     records = sorted(path.name for path in Path(config.out, "steps").iterdir())
-    assert records == ["sample.ddpm_3.autoreg.json", "sample.dpmpp2m_2.autoreg.json"]
+    assert records == ["sample.autoreg.json", "sample.recall-autoreg.json"]
     report = study_report.write_report(config).read_text()
-    times = re.findall(r"\| autoreg \| - \| - \| - \| (\S+) \|", report)
+    times = re.findall(r"autoreg \| - \| - \| (\S+) \|", report)
     assert len(times) == 2 and all(float(seconds) >= 0 for seconds in times)
     with pytest.raises(ValueError, match="--only 'sampel.*' matches no command"):
         study.run(config, ["sampel.*"], run_script=ran)
 
 
 def test_a_command_without_its_result_runs_again_and_another_checkpoint_is_refused(config, ran):
-    only = ["sample.dpmpp2m_2.autoreg"]
+    only = ["sample.autoreg"]
     study.run(config, only, run_script=ran)
-    sample = paths.sample_path(study.eval_dir(config, study.cells(config)[0]), 0, 0).parent
+    sample = study.eval_dir(config, arms(config)[0]) / "samples"
     sample.rename(sample.with_name("moved"))
     study.run(config, only, run_script=ran)
     assert len(ran) == 2
-    make_checkpoint(Path(config.checkpoint), "memory_mazes", lr=0.5)
+    make_checkpoint(Path(config.checkpoint), "maze_laps", image_size=32, T=240, lr=0.5)
     with pytest.raises(ValueError, match="another checkpoint .*: give another --out"):
         study.run(config, only, run_script=ran)
 
 
 def test_more_videos_add_to_the_time_of_those_that_are_there(config, ran):
-    only, name = ["sample.dpmpp2m_2.autoreg"], "sample.dpmpp2m_2.autoreg"
+    only, name = ["sample.autoreg"], "sample.autoreg"
     study.run(dataclasses.replace(config, num_videos=1), only, run_script=ran)
     path = Path(config.out, "steps", f"{name}.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": [1000.0]}))
@@ -180,16 +207,8 @@ def test_more_videos_add_to_the_time_of_those_that_are_there(config, ran):
     assert 500 < float(study.command_time(config, name, per=2)) < 560
 
 
-def test_ddpm_is_compared_with_the_same_strategy_and_the_solver_with_its_first(config):
-    cells = study.cells(dataclasses.replace(config, ddpm_strategies="autoreg,hierarchy-2"))
-    auto, hierarchy, *ddpm = cells
-    found = [study.reference(cells, cell) for cell in cells]
-    assert {c.sampler for c in ddpm} == {"ddpm"} and found == [auto, auto, auto, hierarchy]
-    assert study.reference(ddpm, ddpm[1]) == ddpm[0]
-
-
 def test_samples_of_more_videos_are_refused(config, ran):
-    eval_dir = EvalDir(study.eval_dir(config, study.cells(config)[0]))
+    eval_dir = EvalDir(study.eval_dir(config, arms(config)[0]))
     for video in range(config.num_videos + 1):
         eval_dir.save_sample(video, 0, np.zeros((config.T, 3, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="samples of more than .* videos"):
@@ -198,7 +217,7 @@ def test_samples_of_more_videos_are_refused(config, ran):
 
 
 def test_the_time_of_all_sittings_of_a_command_counts(config):
-    name = "sample.dpmpp2m_2.autoreg"
+    name = "sample.autoreg"
     result = study.chosen_commands(config, [name])[0].result
 
     def fail(*_):
@@ -218,7 +237,7 @@ def test_the_time_of_all_sittings_of_a_command_counts(config):
 
 def test_the_wrong_surroundings_are_refused(config, ran, monkeypatch):
     make_checkpoint(Path(config.checkpoint), "bouncy_balls")
-    with pytest.raises(ValueError, match="trained on bouncy_balls, not on memory_mazes"):
+    with pytest.raises(ValueError, match="trained on bouncy_balls, not on maze_laps"):
         study.run(config, run_script=ran)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID"):
@@ -227,23 +246,29 @@ def test_the_wrong_surroundings_are_refused(config, ran, monkeypatch):
 
 
 def test_the_script_lists_commands_and_runs_none(config, capsys):
-    arguments = ["memory_mazes", "--checkpoint", config.checkpoint, "--list", "--only", "gif.ddpm*"]
+    arguments = ["maze_laps", "--list", "--only", "gif*"]
     load_script("scripts/video_study.py").main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [["gif.ddpm_100", "-", "python"]]
+    assert [line.split()[:3] for line in lines] == [["gif", "-", "python"]]
+    assert CHECKPOINT in load_and_list("maze_laps", capsys)
     assert not Path("results").exists()
+
+
+def load_and_list(preset: str, capsys) -> str:
+    load_script("scripts/video_study.py").main([preset, "--list"])
+    return capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_script_runs_a_command_in_a_process_of_its_own(config):
-    only = ["--only", "sample.ddpm*"]
+    only = ["--only", "sample*"]
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    arguments = ["memory_mazes", "--checkpoint", config.checkpoint, "--out", "study", *sizes]
-    options = ["--strategies", "autoreg", "--ddpm_strategies", "autoreg", "--ddpm_steps", "2"]
-    done = helpers.run_script("video_study.py", *arguments, *options, *only, cwd=Path.cwd())
+    options = ["--strategies", "autoreg", "--timesteps", "2", "--num_samples", "1"]
+    arguments = ["maze_laps", "--out", "study", *sizes, *options, *only]
+    done = helpers.run_script("video_study.py", *arguments, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
-    assert "$ python scripts/video_sample.py checkpoints/run" in done.stderr
-    assert len(list(Path("study/ddpm_2").glob("autoreg*/samples/*.npy"))) == SIZES["num_videos"]
+    assert "$ python scripts/video_sample.py checkpoints/pretrained" in done.stderr
+    assert len(list(Path("study").glob("autoreg*/samples/*.npy"))) == SIZES["num_videos"]
 
 
 def test_a_block_in_place_of_a_script_shows_and_records_its_command(caplog):
@@ -264,72 +289,43 @@ def test_a_script_that_fails_is_named(config, capfd):
     assert "video_plot.py: error: nowhere holds no metrics" in capfd.readouterr().err
 
 
-# ---------------------------------------------------------------- classes of frames
-
-
-def test_near_poses_share_a_place_and_a_heading_modulo_a_turn():
-    pose = np.array([1.0, 1.0, np.radians(179)])
-    others = [
-        ([1.0, 1.0, np.radians(-179)], True),  # two degrees away
-        ([1.0, 1.0, np.radians(179) + 6 * np.pi], True),
-        ([1.49, 1.0, np.radians(179)], True),
-        ([1.0, 1.51, np.radians(179)], False),
-        ([1.0, 1.0, np.radians(158)], False),
-    ]
-    near = study_report.near_poses(np.array([pose, *(other for other, _ in others)]))
-    assert near[0, 0] and near[0, 1:].tolist() == [expected for _, expected in others]
-    np.testing.assert_array_equal(near, near.T)
-
-
-def test_frames_return_to_observed_ones_to_sampled_ones_or_to_none():
-    x = np.arange(60.0)  # each frame at a place of its own
-    x[30], x[45] = 3, 12  # back to an observed place, to a sampled one
-    x[50] = 3  # to both kinds, 3 and 30: to an observed one
-    x[51] = 40  # too soon after frame 40
-    x[7] = 4  # observed itself
-    classes = study_report.frame_classes(np.stack([x, 0 * x, 0 * x], axis=1), obs_length=10)
-    where = {name: np.flatnonzero(frames).tolist() for name, frames in classes.items()}
-    assert where["returns to observed"] == [30, 50]
-    assert where["returns to sampled"] == [45]
-    assert where["new"] == [i for i in range(10, 60) if i not in (30, 45, 50)]
-
-
 # ---------------------------------------------------------------- the report
 
 
 def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(config):
-    rng = np.random.default_rng(0)
-    first = 20 + 5 * rng.normal(size=(2, 1, 6))
-    second = first + np.array([1.0, 3.0])[:, None, None]  # videos differ more than strategies do
-    cells = study.cells(config)
-    info = {
-        "metrics": {"fvd": {"mean": 7.0, "standard_error": None, "floor": {"value": 5, "n": 2}}}
-    }
-    scores = {
-        cells[0]: ScoreTable({"psnr": first, "fvd": np.array([7.0])}, info),
-        cells[1]: ScoreTable({"psnr": second}, {}),
-        cells[2]: ScoreTable({"psnr": second}, {}),
-    }
-    lines = study_report.score_table(
-        study.resolve(StudyConfig("memory_mazes", modes=("psnr", "fvd"))), scores
-    ).splitlines()
-    values = [line.split(" | ") for line in lines[2:]]
-    assert values[0][3] == "7" and values[1][3] == "-"
-    assert values[1][2].endswith(" (+2.0 ± 1.0)")
-    assert values[2][2] == values[1][2]  # DDPM beside the same strategy, with the same scores here
-    assert values[3][:4] == ["| true videos", "real against real", "-", "5 (n = 2)"]
+    info = {"metrics": {"psnr": {"mean": 20.0, "standard_error": 0.5}}}
+    floor = {"value": 5, "shared": 3, "n": 2}
+    info["metrics"]["fvd"] = {"mean": 7.0, "standard_error": None, "floor": floor}
+    first, other = arms(config)
+    differences = {("psnr", "", other.folder): Interval(1.5, 0.5, 2.5)}
+    asked = dataclasses.replace(config, modes=("psnr", "fvd"), bound_videos=0)
+    table = study_report.score_table(asked, {first: info, other: info}, differences)
+    assert table.splitlines()[2:] == [
+        "| autoreg | 20.00 ± 0.50 | 7 | - |",
+        "| recall-autoreg | 20.00 ± 0.50 (+1.5 [+0.5, +2.5]) | 7 | - |",
+        "| real against real | - | 3 (n = 2) | - |",
+    ]
 
 
-def test_a_distance_stands_beside_its_paired_difference_with_an_interval(config):
-    cells = study.cells(config)[:2]
-    of_halves = np.random.default_rng(0).normal(10, 1, 50)
-    tables = {}
-    for cell, shift in zip(cells, (0.0, 5.0), strict=True):
-        interval = {"low": 8.0, "high": 12.0, "of_halves": (of_halves + shift).tolist()}
-        row = {"n": 8, "mean": 10 + shift, "standard_error": None, "interval": interval}
-        tables[cell] = ScoreTable({"fvd": np.array([10 + shift])}, {"metrics": {"fvd": row}})
-    lines = study_report.score_table(
-        study.resolve(StudyConfig("memory_mazes", modes=("fvd",))), tables
-    ).splitlines()
-    first, second = (line.split(" | ")[2] for line in lines[2:])
-    assert first == "10.0 [8.0, 12.0]" and second == "15.0 [8.0, 12.0] (+5.0000 [+5.0000, +5.0000])"
+def test_several_numbers_of_a_sample_have_a_row_each_and_those_of_the_truth_one(config):
+    names = ["samples", "own last lap", "one period earlier"]
+    columns = [
+        {"name": f"lap {lap}: {name}", "mean": 10.0 + lap, "standard_error": 1.0, "infinite": 0}
+        for name in names
+        for lap in (2, 3)
+    ]
+    columns[-1] = columns[-1] | {"mean": None, "infinite": 4}
+    info = {"metrics": {"lap_psnr": {"columns": columns}}}
+    first, other = arms(config)
+    differences = {("lap_psnr", "lap 3: samples", other.folder): Interval(2, 1, 3)}
+    table = study_report.column_table("lap_psnr", {first: info, other: info}, differences)
+    assert table.splitlines() == [
+        "| strategy | of | LAP_PSNR (dB) lap 2 | LAP_PSNR (dB) lap 3 |",
+        "| --- | --- | --- | --- |",
+        "| autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 |",
+        "| autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
+        "| recall-autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 (+2.0 [+1.0, +3.0]) |",
+        "| recall-autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
+        "| - | one period earlier | 12.0 ± 1.0 | inf |",
+    ]
+    assert study_report.column_table("lap_psnr", {first: {}, other: {}}, {}) == ""

@@ -227,6 +227,20 @@ def run_dir(run_id: str) -> str:
     return f"{checkpoints_root().rstrip('/')}/{run_id}"
 
 
+def pretrained_checkpoint(dataset: str, *, flag: str) -> str:
+    """The network for a data set that comes with the repository.
+
+    Raises FileNotFoundError where there is none below the current directory; `flag` names another.
+    """
+    folder = Path("checkpoints/pretrained") / dataset
+    found = sorted(map(str, folder.glob("*.pt")))
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no network: start in the repository's root, or give --{flag}"
+        )
+    return found[0]
+
+
 def checkpoint_path(folder: str, kind: str, step: int | None) -> str:
     """`<folder>/<kind>_<6-digit step>.pt`, or `_latest` for None; kind: model, ema_<rate>, opt."""
     return f"{folder}/{kind}_{LATEST if step is None else f'{step:06d}'}.pt"

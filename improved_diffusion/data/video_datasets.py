@@ -23,6 +23,7 @@ from improved_diffusion.data.dataset_files import (
 )
 from improved_diffusion.data.dataset_specs import DatasetSpec
 from improved_diffusion.data.frame_masks import create_mask_distribution
+from improved_diffusion.data.walks import load_period
 from improved_diffusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
@@ -245,6 +246,20 @@ class VideoTestSet:
         if frame_indices is None:
             frame_indices = range(min(self.T, video.shape[0]))
         return self.files.read(video, frame_indices)
+
+    def period(self, i: int) -> int:
+        """Frames after which video i repeats itself; 0: not known.
+
+        Raises ValueError where a period of the file is none of the frames that are read.
+        """
+        path, stride = self.files.paths[i], self.files.spec.frame_rate.stride
+        period, rest = divmod(load_period(path), stride)
+        if rest:
+            raise ValueError(
+                f"--frame_stride {stride}: {path} repeats itself after {period * stride + rest} "
+                "frames, which it does not divide"
+            )
+        return period
 
 
 def get_test_dataset(

@@ -1,4 +1,4 @@
-"""Words on videos: titles above the columns, the frame's number below."""
+"""Words on videos: titles above the columns, a line for each frame below."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FONT_SIZE, LINE_HEIGHT = 11, 14  # pixels
 SMALLEST_SIZE = 8  # of titles whose words would not fit otherwise
 
 
-def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -> np.ndarray:
+def captioned(video: np.ndarray, titles: Sequence[str], notes: Sequence[str]) -> np.ndarray:
     """A video [T, H, W, 3] uint8 with a strip above and one below it.
 
-    titles: of columns of equal width that make up W. frames: [T], the numbers that are shown.
+    titles: of columns of equal width that make up W. notes: [T], what stands below each frame.
     """
     from PIL import ImageFont
 
@@ -28,9 +28,9 @@ def captioned(video: np.ndarray, titles: Sequence[str], frames: Sequence[int]) -
         for number, line in enumerate(lines):
             _write(above, (position * width + width // 2, number), line, title_font, "ma")
     whole = []
-    for image, frame in zip(video, frames, strict=True):
+    for image, note in zip(video, notes, strict=True):
         below = _strip(1, video.shape[2])
-        _write(below, (2, 0), f"frame {frame}", font, "la")
+        _write(below, (2, 0), note, font, "la")
         whole.append(np.concatenate([np.asarray(above), image, np.asarray(below)]))
     return np.stack(whole)
 

@@ -13,6 +13,7 @@ from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, get_test_dataset
 from improved_diffusion.data.video_io import add_border, write_video
 from improved_diffusion.evaluation.captions import captioned
+from improved_diffusion.evaluation.laps import lap_of
 from improved_diffusion.evaluation.options import GifConfig
 from improved_diffusion.sampling.provenance import strategy_names
 from improved_diffusion.sampling.results import EvalDir, load_video, shared_samples
@@ -91,8 +92,27 @@ def _write(
         for sample in samples
     ]
     grid = tile(rows)
-    frames = range(0, len(grid) * config.every, config.every)
-    write_video(path, captioned(grid, titles, frames), fps=config.fps)
+    frames = np.arange(len(grid)) * config.every
+    notes = [f"frame {frame}" for frame in frames]
+    if truth is not None:
+        laps = _laps(truth, list(shown), sources[0].observed, frames)
+        notes = [note + lap for note, lap in zip(notes, laps, strict=True)]
+    write_video(path, captioned(grid, titles, notes), fps=config.fps)
+
+
+def _laps(
+    truth: VideoTestSet, videos: list[int], observed: list[int], frames: np.ndarray
+) -> list[str]:
+    """ ", lap 3" of each frame [n], where the true videos repeat themselves, all after one period."""
+    start = len(observed)
+    try:
+        periods = {truth.period(video) for video in videos}
+    except ValueError:  # laps of part of a frame, at this stride
+        periods = {0}
+    if len(periods) > 1 or not 0 < max(periods) <= start or observed != list(range(start)):
+        return [""] * len(frames)
+    laps = lap_of(frames, start, max(periods))
+    return [", lap 1, observed" if lap == 1 else f", lap {lap}" for lap in laps]
 
 
 def _videos(config: GifConfig, sources: list[Source]) -> dict[int, list[int]]:

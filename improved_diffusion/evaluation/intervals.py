@@ -101,7 +101,7 @@ def mean_interval(values: np.ndarray) -> Interval | None:
 
 
 def _around(value: float, error: float, n: int, at_half: float = np.nan) -> Interval:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # of scipy.stats too, whose import takes a second
 
-    reach = float(t.ppf((1 + LEVEL) / 2, n - 1) * error)
+    reach = float(stdtrit(n - 1, (1 + LEVEL) / 2) * error)
     return Interval(float(value), float(value) - reach, float(value) + reach, at_half)

@@ -100,7 +100,12 @@ def lap_numbers(truth: TrueVideo) -> np.ndarray:
         )
     if len(predicted) != end - start:
         raise ValueError("laps can be scored only where all observed frames are at the start")
-    return 2 + (predicted - start) // period
+    return lap_of(predicted, start, period)
+
+
+def lap_of(frames: np.ndarray, start: int, period: int) -> np.ndarray:
+    """int64 [n]: the laps of frames [n], where `start` is the first sampled one; lap 1 was observed."""
+    return np.maximum(1, 2 + (frames - start) // period)
 
 
 def mean_by_lap(

@@ -31,6 +31,7 @@ from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE
 from improved_diffusion.sampling.plan import OneClip, Task, VideoPlan, chosen_batches, own_jobs
 from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
+from improved_diffusion.training.validation import stratified_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,30 @@ DECISIVE = (
 class StepBound:
     """The variational bound on latent frames given observed ones, over a whole chain.
 
-    The noise of a video, step and timestep is always the same. `batch_size` timesteps go through
-    the network at once; it changes no result beyond rounding.
+    The noise of a video, step and timestep is always the same.
+
+    Args:
+        denoiser: of the chain.
+        seed: of the noise.
+        batch_size: timesteps that go through the network at once; it changes no result beyond
+            rounding.
+        device: of the network.
+        stratified: estimate the sum over all timesteps from those of `stratified_timesteps`.
     """
 
-    def __init__(self, denoiser: Denoiser, *, seed: int, batch_size: int, device: str):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        seed: int,
+        batch_size: int,
+        device: str,
+        stratified: bool = False,
+    ) -> None:
         assert isinstance(denoiser.diffusion, SpacedDiffusion)
         self.denoiser, self.trained_timesteps = denoiser, denoiser.diffusion.timestep_map
         self.seed, self.batch_size, self.device = seed, batch_size, device
+        self.stratified = stratified
 
     @torch.inference_mode()
     def __call__(
@@ -61,7 +78,7 @@ class StepBound:
         num_observed: int,
         key: tuple[int, int],
     ) -> float:
-        """The bound in bits, over all timesteps and the prior.
+        """The bound in bits, over all timesteps and the prior, or its estimate.
 
         Args:
             frames: uint8 [K, 3, H, W], the observed ones first.
@@ -80,8 +97,19 @@ class StepBound:
             drawn[:, num_observed:] = randn(shape, generators, self.device)
             return drawn
 
-        timesteps = torch.arange(len(self.trained_timesteps))
-        return self.denoiser.bound(batch, timesteps, noise, batch_size=self.batch_size)
+        timesteps, weights = self._timesteps(key)
+        return self.denoiser.bound(
+            batch, timesteps, noise, weights=weights, batch_size=self.batch_size
+        )
+
+    def _timesteps(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The timesteps, int64 [n], whose terms are summed, and the factors [n] on these."""
+        total = len(self.trained_timesteps)
+        if not self.stratified:
+            return torch.arange(total), torch.ones(total)
+        # Noise has keys of one number more, so that these draws depend on none of it.
+        drawn, sizes = stratified_timesteps(total, make_generator(self.seed, *key))
+        return torch.tensor(drawn), torch.tensor(sizes)
 
 
 def video_bounds(
@@ -131,12 +159,13 @@ def _kept(path: Path) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class VideoBounds:
-    """Bounds of videos [videos], in bits per dimension of their latent frames."""
+    """Bounds of videos [videos], or their estimates, in bits per dimension of their latent frames."""
 
     eval_dir: Path
     videos: list[int]
     bits_per_dim: np.ndarray
     timesteps: tuple[int, int]  # of the chain that is bounded, and of the trained one
+    stratified: bool
 
 
 def format_bounds(bounds: VideoBounds) -> str:
@@ -151,7 +180,8 @@ def format_bounds(bounds: VideoBounds) -> str:
         )
     mean, error = mean_and_error(bounds.bits_per_dim)
     shown = "" if error is None else f" +- {error:.4f} (standard error)"
-    return f"{mean:.4f}{shown} bits/dim over {len(bounds.videos)} videos: the bound of {chain}"
+    what = "an unbiased estimate of the bound" if bounds.stratified else "the bound"
+    return f"{mean:.4f}{shown} bits/dim over {len(bounds.videos)} videos: {what} of {chain}"
 
 
 def bound_dataset(options: NllConfig) -> VideoBounds:
@@ -174,19 +204,22 @@ def bound_dataset(options: NllConfig) -> VideoBounds:
     if videos:
         task.model.network  # noqa: B018  weights that do not fit are told before anything is written
         task.plan.check(task.model.image_size)
-        _check_config(task)
+        _check_config(task, stratified=options.stratified)
     if dist_util.is_main():
         EvalDir(task.eval_dir).clean_up()
     missing = [v for v in videos if _kept(paths.elbo_path(task.eval_dir, v)) is None]
     missing = dist_util.broadcast_object(missing)  # a quick rank may have made some already
     if missing:
-        _bound_videos(task, source, missing[dist_util.rank() :: dist_util.world_size()])
+        mine = missing[dist_util.rank() :: dist_util.world_size()]
+        _bound_videos(task, source, mine, stratified=options.stratified)
         dist_util.barrier()
     bits = [load_elbo(paths.elbo_path(task.eval_dir, video)).sum() for video in videos]
     num_latent = task.plan.T - len(strategy.observed_from_data)
     dimensions = num_latent * 3 * task.model.image_size**2
     chain = process.num_timesteps, process.config.diffusion_steps
-    return VideoBounds(task.eval_dir, videos, np.array(bits) / dimensions, chain)
+    return VideoBounds(
+        task.eval_dir, videos, np.array(bits) / dimensions, chain, options.stratified
+    )
 
 
 def _chosen_videos(task: Task, source: VideoTestSet | OneClip) -> list[int]:
@@ -202,7 +235,7 @@ def _chosen_videos(task: Task, source: VideoTestSet | OneClip) -> list[int]:
     return videos
 
 
-def _check_config(task: Task) -> None:
+def _check_config(task: Task, *, stratified: bool) -> None:
     """Store what the bounds depend on, or see that those already there are of the same kind.
 
     Raises ValueError naming the first option that differs.
@@ -211,17 +244,21 @@ def _check_config(task: Task) -> None:
     stored = task.stored()
     decisive = (*DECISIVE, *vars(task.plan.options), *task.hashes())
     values = {name: stored[name] for name in decisive}
+    values["stratified"] = stratified
     path = eval_dir.path / "elbo_config.json"
     begun = [*eval_dir.path.glob("elbos/elbo_*.npy"), *eval_dir.path.glob("partial/elbo_*.npy")]
     if begun and path.exists():
-        check_same(f"{eval_dir.path / 'elbos'} holds bounds", read_json(path), values)
+        kept = {"stratified": False} | read_json(path)  # the first versions knew no other
+        check_same(f"{eval_dir.path / 'elbos'} holds bounds", kept, values)
         return
     write_json(path, values)
     if not eval_dir.model_config_path.exists():
         write_json(eval_dir.model_config_path, task.model.config)
 
 
-def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int]) -> None:
+def _bound_videos(
+    task: Task, source: VideoTestSet | OneClip, videos: list[int], *, stratified: bool
+) -> None:
     """Write the bounds of some videos."""
     options = task.options
     bound = StepBound(
@@ -229,6 +266,7 @@ def _bound_videos(task: Task, source: VideoTestSet | OneClip, videos: list[int])
         seed=options.seed,
         batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         device=task.model.device,
+        stratified=stratified,
     )
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
         frames = source.read(video, range(task.plan.T))

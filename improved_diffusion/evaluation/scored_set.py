@@ -14,7 +14,6 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.data.video_datasets import VideoTestSet, choose_videos, get_test_dataset
-from improved_diffusion.data.walks import load_period
 from improved_diffusion.evaluation.metrics import TrueVideo
 from improved_diffusion.evaluation.options import EvalConfig
 from improved_diffusion.sampling.results import EvalDir, content_digest, load_video
@@ -133,21 +132,8 @@ class ScoredSet:
 
     @functools.cached_property
     def periods(self) -> list[int]:
-        """Frames after which each true video repeats itself, in the order of `videos`; 0: not known.
-
-        Raises ValueError where a period of the file is none of the frames that are read.
-        """
-        files = self.test_set.files
-        stride, found = files.spec.frame_rate.stride, []
-        for path in (files.paths[video] for video in self.videos):
-            period, rest = divmod(load_period(path), stride)
-            if rest:
-                raise ValueError(
-                    f"--frame_stride {stride}: {path} repeats itself after {period * stride + rest} "
-                    "frames, which it does not divide"
-                )
-            found.append(period)
-        return found
+        """`VideoTestSet.period` of each true video, in the order of `videos`."""
+        return [self.test_set.period(video) for video in self.videos]
 
     def true_video(self, position: int, frames: np.ndarray) -> TrueVideo:
         """The video at `position` of the list, whose frames have been read."""

@@ -1,8 +1,8 @@
 """The point of the project on one machine, and then its whole chain.
 
 First a pretrained network continues walks through mazes, with and without recalling what it has seen.
-Then a small one is trained from nothing, samples, and is scored. Every stage calls the function that
-its script calls, and prints the command that would do the same.
+Then a small one is trained from nothing, and its first frames stand beside those of a pretrained one. Every
+stage calls the function that its script calls, and prints the command that would do the same.
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig
 from improved_diffusion.data import paths
+from improved_diffusion.data.machine import default_device
 from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.evaluation import evaluate
 from improved_diffusion.evaluation.gallery import make_gallery
 from improved_diffusion.evaluation.laps import LAPS, PREDICTIONS
-from improved_diffusion.evaluation.metric_tables import read_info, read_table
+from improved_diffusion.evaluation.metric_tables import mean_and_error, read_info, read_table
 from improved_diffusion.evaluation.metrics import psnr
 from improved_diffusion.evaluation.options import EvalConfig, GifConfig, ReportConfig
 from improved_diffusion.evaluation.report.page import write_report
+from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
+from improved_diffusion.sampling.trained_model import TrainedModel, create_diffusion, create_model
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
-from improved_diffusion.training.options import TrainConfig
-from improved_diffusion.training.start import create_train_loop
+from improved_diffusion.study.training_comparison import (
+    BOUND,
+    LEVELS,
+    Recipe,
+    held_out_errors,
+    parse_recipe,
+)
+from improved_diffusion.training.start import train_run
 
 logger = logging.getLogger(__name__)
 
@@ -42,29 +51,29 @@ MAZE_STRATEGIES = (
     "--inference_mode recall-autoreg --distance l2 --recall_recent 1 --recall_window 6 "
     "--recall_from observed",
 )
+# Of few calls, this solver's come nearest to the flow's solution in these videos (docs/sampling.md).
 MAZE_SAMPLING = (
-    "--T {maze_T} --obs_length 60 --step_size 3 --max_frames 7 --sampler {sampler} "
+    "--T {maze_T} --obs_length 60 --step_size 3 --max_frames 7 --sampler dpmpp2m "
     "--spacing logsnr --timestep_respacing {maze_timesteps} --seed {seed} "
-    "--subset_size {maze_videos} --batch_size {maze_videos} --device '{device}'"
+    "--indices {indices} --device '{device}'"
 )
 
 RUN_ID = "demo"
 DATASET = "bouncy_balls"
-STRATEGIES = ("autoreg", "hierarchy-2")
-SAMPLER, EMA_RATE = "dpmpp2m", "0.995"
+EMA_RATE = "0.9999"
 SHOWN_FRAMES = (1, 2, 4, 8)  # predicted frames in the closing table, beside the last one
+CHUNK_S = 100  # training looks at the clock about so often
 
-# A network small enough for a CPU. Predicting clean frames under a cosine schedule gives the
-# frames' overall colour from the first updates on, which predicting the noise learns last.
+# Frames of 16x16 and six of them in a call: a size at which minutes of a CPU teach something.
 TRAINING = (
-    "--dataset={dataset} --num_channels 32 --num_res_blocks 1 --batch_size 4 "
-    "--max_frames {max_frames} --T {T} --predict_xstart True --noise_schedule cosine "
-    "--diffusion_steps 250 --lr 1e-3 --ema_rate {ema_rate} --ema_warmup True --num_workers 0 "
-    "--sample_interval 0 --save_latest_only True --seed {seed} --resume_id {run_id}"
+    "--config scripts/configs/fast.json --dataset=bouncy_balls --image_size 16 --num_channels 32 "
+    "--num_res_blocks 1 --attention_resolutions 8 --batch_size 4 --max_frames 6 "
+    "--log_sigma_mean 0.3 --num_workers 0 --sample_interval 0 --save_latest_only True "
+    "--seed {seed} --resume_id {run_id}"
 )
 SAMPLING = (
-    "--inference_mode {strategy} --T {T} --obs_length {obs_length} --step_size {step_size} "
-    "--max_frames {max_frames} --sampler {sampler} --timestep_respacing {timesteps} --seed {seed} "
+    "--inference_mode autoreg --T {T} --obs_length {obs_length} --step_size {step_size} "
+    "--sampler unipc --timestep_respacing {timesteps} --spacing logsnr --seed {seed} "
     "--subset_size {num_videos} --batch_size {num_videos} --device '{device}'"
 )
 
@@ -85,21 +94,19 @@ def run_demo(config: DemoConfig) -> None:
 
 def show_memory(config: DemoConfig) -> None:
     """Continue observed laps by strategies that do and do not recall; print PSNR by lap, write pictures."""
-    if not Path(config.maze_checkpoint).exists():
-        raise FileNotFoundError(
-            f"{config.maze_checkpoint} is not there: start in the repository's root, or give "
-            "--maze_checkpoint"
-        )
     began = time.perf_counter()
-    sampling = MAZE_SAMPLING.format(**vars(config), sampler=SAMPLER)
+    checkpoint = _pretrained(config.maze_checkpoint, "maze_laps", "maze_checkpoint")
+    indices = " ".join(map(str, config.maze_indices))
+    sampling = MAZE_SAMPLING.format(**vars(config), indices=indices)
     folders = [
-        _sampled([config.maze_checkpoint, *shlex.split(f"{strategy} {sampling}")])
+        _sampled([checkpoint, *shlex.split(f"{strategy} {sampling}")])
         for strategy in MAZE_STRATEGIES
     ]
     _scored(folders, "lap_psnr")
     names = list(map(str, folders))
     gif, page = folders[0].parent / "laps.gif", folders[0].parent / "report.html"
-    _gallery(["--eval_dir", *names, "--add_gt", "--grid", "--out", str(gif)])
+    shown = ["--add_gt", "--grid", "--every", "2", "--fps", "8"]  # small enough for a README
+    _gallery(["--eval_dir", *names, *shown, "--out", str(gif)])
     words = ["--eval_dir", *names, "--out", str(page), "--title", "Laps of a maze"]
     with in_place_of("video_report.py", words):
         (options,) = parse("video_report.py", words, ReportConfig)
@@ -107,6 +114,14 @@ def show_memory(config: DemoConfig) -> None:
     print(f"\nPSNR by lap, mean over videos (dB); lap 1 was observed\n{lap_table(config, folders)}")
     seconds = time.perf_counter() - began
     print(f"\nreport: {page}\ngif: {gif} (truth, then each strategy)\ntime: {seconds:.0f} s")
+
+
+def _pretrained(given: str, dataset: str, flag: str) -> str:
+    """A checkpoint that was given, or the one that comes with the repository, if it is there."""
+    path = given or paths.pretrained_checkpoint(dataset, flag=flag)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    return path
 
 
 def lap_table(config: DemoConfig, folders: list[Path]) -> str:
@@ -129,45 +144,121 @@ def _lap_line(name: str, means: dict[str, float | None], predicted_by: str) -> s
 
 
 def show_training(config: DemoConfig) -> None:
-    """Train for `config.minutes`, sample with two strategies, score them, write gifs, say where all is."""
+    """Train, print held-out errors before and after, and first frames beside a pretrained network's."""
     began = time.perf_counter()
-    checkpoint = train(config)
-    eval_dirs = []
-    for strategy in STRATEGIES:
-        eval_dirs.append(sample(config, checkpoint, strategy))
-        _scored(eval_dirs[-1:], "psnr", "ssim")
-        _gallery(["--eval_dir", str(eval_dirs[-1]), "--add_gt", "--grid"])
-    report(config, eval_dirs, time.perf_counter() - began)
+    balls = _pretrained(config.balls_checkpoint, DATASET, "balls_checkpoint")
+    recipe = parse_recipe("video_train.py", _training_words(config))
+    errors = {f"after {updates_made()} updates": measure(config, recipe)}
+    train(config, recipe)
+    errors[f"after {updates_made()} updates"] = measure(config, recipe)
+    print(f"\n{error_table(errors)}")
+    print("\nPSNR by predicted frame, mean over videos (dB)")
+    for checkpoint, step_size, size in ((trained_checkpoint(), 3, 16), (balls, 4, 32)):
+        words = SAMPLING.format(**vars(config), step_size=step_size)
+        folder = _sampled([checkpoint, *shlex.split(words)])
+        _scored([folder], "psnr")
+        _gallery(["--eval_dir", str(folder), "--add_gt", "--grid"])
+        name = "trained just now" if checkpoint == trained_checkpoint() else "pretrained"
+        print(f"\n{first_frames(config, name, folder, size)}\nvideos: {folder / 'videos'}")
+    seconds = time.perf_counter() - began
+    print(f"\ncheckpoints: {paths.run_dir(RUN_ID)}\ntime: {seconds / 60:.1f} minutes")
 
 
-def train(config: DemoConfig) -> str:
-    """Train the demo's network for about `config.minutes`; returns the EMA checkpoint's path.
-
-    A few updates measure the speed; the rest anneals the learning rate over what the time allows.
-    """
-    if updates_made() < config.warm_up_updates:
-        _train_until(config, f"--max_steps {config.warm_up_updates}")
-    speed = float(progress()[-1]["steps_per_second"])
-    updates = config.warm_up_updates + max(1, int(60 * config.minutes * speed))
-    logger.info("this machine makes %.2f steps/s: training %d steps", speed, updates)
-    _train_until(config, f"--lr_anneal_steps {updates}")
+def trained_checkpoint() -> str:
+    """The average of the weights that the demonstration trains."""
     return paths.checkpoint_path(paths.run_dir(RUN_ID), paths.ema_kind(EMA_RATE), None)
 
 
-def _train_until(config: DemoConfig, limit: str) -> None:
-    fixed = {"dataset": DATASET, "ema_rate": EMA_RATE, "run_id": RUN_ID}
-    words = shlex.split(f"{TRAINING.format(**vars(config), **fixed)} {limit}")
-    groups = TrainConfig, DataConfig, ModelConfig, DiffusionConfig
-    with in_place_of("video_train.py", words):
-        options = parse("video_train.py", words, *groups)
-        if create_train_loop(*options).run_loop():
-            raise ValueError("training was interrupted: start again, and it goes on from there")
+def _training_words(config: DemoConfig) -> list[str]:
+    return shlex.split(TRAINING.format(seed=config.seed, run_id=RUN_ID))
 
 
-def sample(config: DemoConfig, checkpoint: str, strategy: str) -> Path:
-    """Sample the test videos with one strategy; returns the evaluation directory."""
-    fixed = {"strategy": strategy, "sampler": SAMPLER}
-    return _sampled([checkpoint, *shlex.split(SAMPLING.format(**vars(config), **fixed))])
+def train(config: DemoConfig, recipe: Recipe) -> None:
+    """Train for about `config.minutes`, in chunks whose updates fit the time as the last one tells it."""
+    began, chunk = time.perf_counter(), config.warm_up_updates
+    while chunk:
+        words = [*_training_words(config), "--max_steps", str(updates_made() + chunk)]
+        chunk_began = time.perf_counter()
+        with in_place_of("video_train.py", words):
+            chosen = parse_recipe(recipe.name, words)
+            if train_run(chosen.train, chosen.data, chosen.model, chosen.diffusion):
+                raise ValueError("training was interrupted: start again, and it goes on from there")
+        now = time.perf_counter()
+        speed = chunk / (now - chunk_began)
+        chunk = int(speed * min(CHUNK_S, 60 * config.minutes - (now - began)))
+        chunk = max(chunk, 0)
+    logger.info("%.0f s of training, %.2f updates/s at last", now - began, speed)
+
+
+def measure(config: DemoConfig, recipe: Recipe) -> dict[str, float]:
+    """Errors on held-out inference steps, of the run's average or, before it has begun, of its start."""
+    device = default_device(config.device)
+    if updates_made():
+        denoiser = TrainedModel.load(trained_checkpoint(), device).denoiser()
+    else:
+        torch.manual_seed(recipe.train.seed)
+        network = create_model(recipe.model).eval().to(device)
+        denoiser = Denoiser(network, create_diffusion(recipe.diffusion))
+    return held_out_errors(denoiser, recipe, config.queries, seed=config.seed, device=device)
+
+
+def error_table(errors: dict[str, dict[str, float]]) -> str:
+    """A line per measurement: squared errors by log SNR, and the bound."""
+    heads = "".join(f"{level:>8}" for level in LEVELS)
+    lines = [
+        "squared error of predicted clean frames on held-out inference steps, by log SNR\n"
+        f"{'':20}{heads}{BOUND:>10}"
+    ]
+    for name, found in errors.items():
+        numbers = "".join(f"{found[str(level)]:8.4f}" for level in LEVELS)
+        lines.append(f"{name:20}{numbers}{found[BOUND]:10.2f}")
+    return "\n".join(lines)
+
+
+def updates_made() -> int:
+    """Updates that the run has made."""
+    path = Path(paths.run_dir(RUN_ID)) / "progress.csv"
+    if not path.exists():
+        return 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return int(rows[-1]["step"]) if rows else 0
+
+
+# ---------------------------------------------------------------- first frames
+
+
+def first_frames(config: DemoConfig, name: str, folder: Path, image_size: int) -> str:
+    """PSNR of predicted frames beside that of the last observed one, repeated, and who is ahead."""
+    ours = read_table(table_path(folder, config.T))["psnr"][:, 0]
+    repeated = repeated_frame_psnr(config, folder, image_size)
+    last = ours.shape[1]
+    shown = [frame for frame in SHOWN_FRAMES if frame < last] + [last]
+    heads = f"{f'{image_size}x{image_size}, frame':30}" + "".join(f"{frame:>7}" for frame in shown)
+    lines = [f"{heads}    mean"]
+    for label, values in ((name, ours), ("last observed frame repeated", repeated)):
+        numbers = "".join(f"{value:7.1f}" for value in values.mean(axis=0)[np.array(shown) - 1])
+        lines.append(f"{label:30}{numbers}{values.mean():8.2f}")
+    mean, error = mean_and_error((ours - repeated).mean(axis=1))
+    off = "" if error is None else f" +- {error:.2f}"
+    return "\n".join([*lines, f"difference, paired over videos: {mean:+.2f}{off} dB"])
+
+
+def repeated_frame_psnr(config: DemoConfig, folder: Path, image_size: int) -> np.ndarray:
+    """[videos, predicted frames], of the videos in `folder`."""
+    test_set = get_test_dataset(DATASET, T=config.T, image_size=image_size)
+    rows = []
+    for video in EvalDir(folder).samples():
+        truth = test_set.read(video)
+        last, predicted = truth[config.obs_length - 1], truth[config.obs_length :]
+        repeated = np.ascontiguousarray(np.broadcast_to(last, predicted.shape))
+        rows.append(psnr(repeated, predicted))
+    return np.array(rows)
+
+
+def table_path(eval_dir: Path, T: int) -> Path:
+    """The table of all videos there; others may be left of runs with fewer videos."""
+    return paths.metrics_path(eval_dir, len(EvalDir(eval_dir).samples()), 1, T)
 
 
 # ---------------------------------------------------------------- commands
@@ -193,66 +284,3 @@ def _gallery(words: list[str]) -> None:
     with in_place_of("video_make_gif.py", words):
         (options,) = parse("video_make_gif.py", words, GifConfig)
         make_gallery(options)
-
-
-# ---------------------------------------------------------------- what came of it
-
-
-def progress() -> list[dict[str, str]]:
-    """The rows of the run's progress.csv; none where it has not been started."""
-    path = Path(paths.run_dir(RUN_ID)) / "progress.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def updates_made() -> int:
-    """Updates that the run has made."""
-    rows = progress()
-    return int(rows[-1]["step"]) if rows else 0
-
-
-def report(config: DemoConfig, eval_dirs: list[Path], seconds: float) -> None:
-    """Print losses, scores beside those of a standing picture, and where everything is."""
-    losses = [float(row["mse"]) for row in progress()]
-    print(
-        f"\ntraining: {updates_made()} steps, denoising loss {losses[0]:.4f} at first, "
-        f"{losses[-1]:.4f} at last"
-    )
-    tables = {folder: table_path(folder, config.T) for folder in eval_dirs}
-    for folder, table in tables.items():
-        print(f"\n{folder.name}\n{evaluate.format_table(table)}")
-        print(f"videos: {folder / 'videos'}  samples: {folder / 'samples'}")
-    curves = {folder.name.split("_")[0]: frame_psnr(table) for folder, table in tables.items()}
-    curves["last observed frame repeated"] = repeated_frame_psnr(config, eval_dirs[0])
-    last = config.T - config.obs_length
-    shown = [frame for frame in SHOWN_FRAMES if frame < last] + [last]
-    print("\nPSNR by predicted frame, mean over videos (dB)")
-    for name, values in curves.items():
-        row = " ".join(f"{values[frame - 1]:5.1f}" for frame in shown)
-        frames = ", ".join(map(str, shown))
-        print(f"{name:30} frames {frames}: {row}   all: {values.mean():5.2f}")
-    print(f"\ncheckpoints: {paths.run_dir(RUN_ID)}\ntotal time: {seconds / 60:.1f} minutes")
-
-
-def table_path(eval_dir: Path, T: int) -> Path:
-    """The table of all videos there; others may be left of runs with fewer videos."""
-    return paths.metrics_path(eval_dir, len(EvalDir(eval_dir).samples()), 1, T)
-
-
-def frame_psnr(table: Path) -> np.ndarray:
-    """Mean PSNR over videos [predicted frames]."""
-    return read_table(table)["psnr"].mean(axis=(0, 1))
-
-
-def repeated_frame_psnr(config: DemoConfig, eval_dir: Path) -> np.ndarray:
-    """The same for predictions that repeat the last observed frame."""
-    test_set = get_test_dataset(DATASET, T=config.T)
-    rows = []
-    for video in EvalDir(eval_dir).samples():
-        truth = test_set.read(video)
-        last, predicted = truth[config.obs_length - 1], truth[config.obs_length :]
-        repeated = np.ascontiguousarray(np.broadcast_to(last, predicted.shape))
-        rows.append(psnr(repeated, predicted))
-    return np.mean(rows, axis=0)

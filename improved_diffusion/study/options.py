@@ -16,6 +16,7 @@ from improved_diffusion.config import (
 from improved_diffusion.registry import (
     FEATURES,
     FRAME_METRICS,
+    METRICS,
     SAMPLERS,
     SPACINGS,
     STRATEGIES,
@@ -23,70 +24,81 @@ from improved_diffusion.registry import (
     JoinedRegistry,
 )
 
-# Those that give one number: what a study's tables hold.
-METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
+# Those that give one number of a sample: what a comparison of ways to train asks for.
+SINGLE_METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """The demonstration (demo.py)."""
 
-    minutes: float = option(5.0, "minutes of training (0: only show the pretrained network)")
+    minutes: float = option(5.0, "minutes of training (0: only show the network for mazes)")
     device: str = option("", "torch device of sampling (default: cuda if there is one)")
-    num_videos: int = option(8, "test videos to sample")
     seed: int = option(0, "seed of everything random")
-    T: int = option(20, "length of the videos")
-    obs_length: int = option(8, "frames observed at the start")
-    max_frames: int = option(16, "frames given to the network at once")
-    step_size: int = option(6, "frames to sample in each inference step")
-    timesteps: int = option(20, "timesteps of sampling")
-    warm_up_updates: int = option(20, "updates that measure the speed of this machine")
     maze_checkpoint: str = option(
-        "checkpoints/pretrained/maze_laps/ema_0.99_latest.pt",
-        "network that continues laps of mazes before anything is trained",
+        "", "network that continues laps of mazes (default: the one that comes with the repository)"
     )
-    maze_videos: int = option(1, "mazes to show it on")
-    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
-    maze_timesteps: int = option(8, "timesteps of sampling them")
+    maze_indices: tuple[int, ...] = option(
+        (22,),
+        "test videos of maze_laps to show it on; the default has the shortest lap, of 40 frames",
+        nargs="+",
+        item_type=int,
+    )
+    maze_T: int = option(180, "length of these videos, of which 60 frames are observed")
+    maze_timesteps: int = option(6, "timesteps of sampling them")
+    balls_checkpoint: str = option(
+        "", "network for bouncy_balls to compare with (default: as for mazes)"
+    )
+    num_videos: int = option(8, "test videos of bouncy_balls to sample")
+    T: int = option(20, "length of these videos")
+    obs_length: int = option(8, "frames observed at their start")
+    timesteps: int = option(10, "timesteps of sampling them")
+    queries: int = option(12, "held-out inference steps to measure errors on")
+    warm_up_updates: int = option(20, "updates that measure the speed of this machine")
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_videos", "obs_length", "timesteps", "warm_up_updates")
-        check_positive(self, "maze_videos", "maze_timesteps")
-        if self.minutes < 0:
+        check_positive(self, "num_videos", "obs_length", "timesteps", "queries", "warm_up_updates")
+        check_positive(self, "maze_timesteps")
+        if not self.minutes >= 0:
             raise ValueError(f"--minutes {self.minutes}: must not be negative")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The study of inference strategies (study.py); options left out are the data set's preset."""
+    """The study of inference strategies (study.py); options left out are its file's."""
 
-    dataset: str = field(metadata={"help": "memory_mazes or bouncy_balls", "positional": True})
-    checkpoint: str = option("", "checkpoint file (default: the preset's)")
-    out: str = option("", "folder of all results (default: results/study/<dataset>)")
-    obs_length: int = option(-1, "frames observed at the start (-1: the preset's)")
-    T: int = option(-1, "length of the videos (-1: the preset's)")
-    max_frames: int = option(-1, "frames given to the network at once (-1: the preset's)")
-    step_size: int = option(-1, "frames to sample in each inference step (-1: the preset's)")
-    num_videos: int = option(-1, "test videos to sample (-1: the preset's)")
-    strategies: str = option(
-        "autoreg,long-range,hierarchy-2,hierarchy-3,adaptive-hierarchy-2,independent",
-        "strategies to compare",
+    preset: str = field(
+        metadata={
+            "help": "bouncy_balls, colour_mazes, maze_laps, or a FILE like "
+            "improved_diffusion/study/presets/*.json",
+            "positional": True,
+        }
+    )
+    dataset: str = option("", "data set that the network was trained on")
+    checkpoint: str = option(
+        "", "checkpoint file (default: the one in checkpoints/pretrained/<dataset>)"
+    )
+    out: str = option("", "folder of all results (default: results/study/<name of the study>)")
+    obs_length: int = option(-1, "frames observed at the start (-1: the study's)")
+    T: int = option(-1, "length of the videos (-1: the study's)")
+    max_frames: int = option(-1, "frames given to the network at once (-1: the study's)")
+    step_size: int = option(-1, "frames to sample in each inference step (-1: the study's)")
+    num_videos: int = option(-1, "test videos to sample (-1: the study's)")
+    num_samples: int = option(-1, "samples of each (-1: the study's)")
+    strategies: tuple[str, ...] = option(
+        (),
+        'strategies to compare, each with options of its own: autoreg "recall-autoreg --recall_recent 1"',
         nargs="+",
+        item_type=str,
     )
-    solver_steps: int = option(
-        20, "timesteps of DPM-Solver++ 2M, which samples with all strategies"
-    )
-    ddpm_steps: int = option(100, "timesteps of DDPM, to compare with")
-    ddpm_strategies: str = option(
-        "autoreg,hierarchy-2", "strategies to sample with DDPM too (empty: none)", nargs="+"
-    )
-    elbo_videos: int = option(4, "test videos to bound the likelihood of (0: none)")
-    elbo_respacing: str = option("100", "timesteps of the chain that is bounded (empty: all)")
-    optimal: bool | None = option(
-        None, "also search an optimal schedule, and sample with it (default: the preset's)"
+    sampler: str = option("", "way of sampling, of", choices=SAMPLERS)
+    timesteps: int = option(-1, "timesteps of sampling (-1: the study's)")
+    spacing: str = option("", "which timesteps these are, of", choices=SPACINGS)
+    bound_videos: int = option(
+        -1, "test videos to estimate the bound on the likelihood of (0: none, -1: the study's)"
     )
     modes: tuple[str, ...] = option(
-        ("psnr", "ssim", "lpips", "fvd"),
+        (),
         "metrics to compute, of",
         choices=METRICS,
         nargs="+",
@@ -101,9 +113,6 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         fill_options(self)
-        check_positive(self, "solver_steps", "ddpm_steps")
-        if self.elbo_videos < 0:
-            raise ValueError(f"--elbo_videos {self.elbo_videos}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ class ComparisonConfig:
     modes: tuple[str, ...] = option(
         ("psnr", "fvd"),
         "metrics to compute of the samples, of",
-        choices=METRICS,
+        choices=SINGLE_METRICS,
         nargs="+",
         item_type=str,
     )

@@ -1,4 +1,4 @@
-"""A study of inference strategies at small scale: which frames to condition on, by documented commands.
+"""A study of inference strategies: which frames to observe, by documented commands.
 
 The study is a table of commands, each one of the project's scripts with its options. They run one
 after the other, in processes of their own, so that one that is killed or out of memory takes no other
@@ -10,14 +10,13 @@ scripts have written.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from improved_diffusion.config import defaults
 from improved_diffusion.data import paths
@@ -25,84 +24,19 @@ from improved_diffusion.data.checkpoints import load_weights
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.dist_util import array_task
 from improved_diffusion.evaluation.options import EvalConfig, as_words
-from improved_diffusion.inference_utils import create_strategy
-from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
+from improved_diffusion.registry import VIDEO_METRICS
 from improved_diffusion.sampling.results import read_json, write_json
+from improved_diffusion.study.arms import Arm, arms
 from improved_diffusion.study.commands import command_line
 from improved_diffusion.study.options import StudyConfig
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoints/pretrained/{dataset}/ema_0.999_latest.pt"
-PRESETS: dict[str, dict[str, Any]] = {
-    "memory_mazes": {
-        "obs_length": 36, "T": 150, "max_frames": 10, "step_size": 5, "num_videos": 8,
-        "optimal": False,
-    },
-    "bouncy_balls": {
-        "obs_length": 10, "T": 100, "max_frames": 8, "step_size": 4, "num_videos": 16,
-        "optimal": True,
-    },
-}  # fmt: skip
-SOLVER = "dpmpp2m"
 RECORDS = "steps"  # the folder below `out`, by its name in the first studies
-# One timestep, the chain's middle: about 50,000 calls for bouncy_balls, an hour of one core.
-OPTIMAL_MODE, OPTIMAL_VIDEOS, OPTIMAL_TIMESTEPS = "autoreg", 10, 1
 # Files small enough to be committed.
 GIF_OPTIONS = ("--num_videos", "2", "--width", "64", "--every", "2", "--fps", "8")
-
-
-def resolve(config: StudyConfig) -> StudyConfig:
-    """The options with the data set's preset where they were left open.
-
-    All other functions here take such resolved options. Raises ValueError for an unknown data set or
-    metric, and for strategies that cannot work with these sizes or do not sample each frame once.
-    """
-    if config.dataset not in PRESETS:
-        raise ValueError(f"{config.dataset!r} has no study: choose from {', '.join(PRESETS)}")
-    preset = PRESETS[config.dataset] | {
-        "checkpoint": CHECKPOINT.format(dataset=config.dataset),
-        "out": f"results/study/{config.dataset}",
-    }
-    left_open = {key: v for key, v in preset.items() if getattr(config, key) in (None, "", -1)}
-    config = dataclasses.replace(config, **left_open)
-    for mode in dict.fromkeys(cell.strategy for cell in cells(config)):
-        strategy = create_strategy(
-            mode,
-            video_length=config.T,
-            num_obs=config.obs_length,
-            max_frames=config.max_frames,
-            step_size=config.step_size,
-        )
-        if strategy.is_goal_directed or strategy.samples_frame_twice:
-            raise ValueError(f"--strategies {mode}: does not sample every later frame, once each")
-    return config
-
-
-# ---------------------------------------------------------------- the commands
-
-
-class Cell(NamedTuple):
-    """One way of sampling the test videos."""
-
-    sampler: str
-    timesteps: int
-    strategy: str
-    optimal: bool = False
-
-    @property
-    def folder(self) -> str:
-        """The folder below `out` of all strategies with this sampler."""
-        return f"{self.sampler}_{self.timesteps}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.strategy}_optimal" if self.optimal else self.strategy
-
-    @property
-    def sampled_by(self) -> str:
-        """The name of the command that samples it."""
-        return f"sample.{self.folder}.{self.name}"
+PICTURES = ("curves.png", "videos.gif", "report.html")
+REPORT_OPTIONS = ("--num_videos", "4", "--num_samples", "1", "--max_mb", "3")
 
 
 @dataclass(frozen=True)
@@ -124,69 +58,30 @@ class Command:
 RunScript = Callable[[str, Sequence[str]], None]
 
 
-def cells(config: StudyConfig) -> list[Cell]:
-    """All that is sampled: every strategy with the solver, some with DDPM."""
-    strategies, with_ddpm = (
-        [name.strip() for name in names.split(",") if name.strip()]
-        for names in (config.strategies, config.ddpm_strategies)
-    )
-    found = [Cell(SOLVER, config.solver_steps, name) for name in strategies]
-    if config.optimal:
-        found.append(Cell(SOLVER, config.solver_steps, OPTIMAL_MODE, optimal=True))
-    return found + [Cell("ddpm", config.ddpm_steps, name) for name in with_ddpm]
-
-
-def reference(of: Sequence[Cell], cell: Cell) -> Cell:
-    """The cell that differences are taken from: for DDPM the same strategy with the solver.
-
-    For the solver, and where the solver has not sampled that strategy, it is the sampler's first.
-    """
-    with_solver = (c for c in of if c.sampler == SOLVER and c.name == cell.name)
-    first = next(c for c in of if c.folder == cell.folder)
-    return first if cell.sampler == SOLVER else next(with_solver, first)
-
-
-def eval_dir(config: StudyConfig, cell: Cell) -> Path:
-    """The evaluation directory of one cell."""
-    strategy = STRATEGIES[cell.strategy]
-    name = paths.inference_mode_str(
-        cell.strategy,
-        (config.max_frames, config.step_size, config.T, config.obs_length),
-        optimal=cell.optimal,
-        options=strategy.folder_suffix(strategy.Options()),
-    )
-    return Path(config.out) / cell.folder / name
+def eval_dir(config: StudyConfig, arm: Arm) -> Path:
+    """The evaluation directory of one arm."""
+    return Path(config.out) / arm.folder
 
 
 def commands(config: StudyConfig) -> list[Command]:
-    """The commands of the study in an order in which each finds what it needs.
-
-    The optimal schedule, whose search takes longest, comes last with all that needs it.
-    """
-    plain, optimal = ([c for c in cells(config) if c.optimal == which] for which in (False, True))
-    schedules = [_schedule_command(config, cell) for cell in optimal]
-    return _commands_of(config, plain) + schedules + _commands_of(config, optimal)
-
-
-def _commands_of(config: StudyConfig, chosen: list[Cell]) -> list[Command]:
-    """Sampling, scores, bounds and pictures of some cells."""
-    with_solver = [cell for cell in chosen if cell.sampler == SOLVER]
+    """The commands of a study whose options are resolved, each after those that it needs."""
+    chosen = arms(config)
     return [
-        *(_sample_command(config, cell) for cell in chosen),
+        *(_sample_command(config, arm) for arm in chosen),
         *_score_commands(config, chosen),
-        *(_bound_command(config, cell) for cell in with_solver if config.elbo_videos),
+        *(_bound_command(config, arm) for arm in chosen if config.bound_videos),
         *_picture_commands(config, chosen),
     ]
 
 
-def _strategy_options(config: StudyConfig, cell: Cell) -> tuple[str, ...]:
+def _strategy_options(config: StudyConfig, arm: Arm) -> tuple[str, ...]:
     """What the scripts that drive a strategy share."""
     return (
         config.checkpoint,
-        *("--inference_mode", cell.strategy, "--T", str(config.T)),
+        *("--inference_mode", *arm.words, "--T", str(config.T)),
         *("--obs_length", str(config.obs_length), "--max_frames", str(config.max_frames)),
         *("--step_size", str(config.step_size), "--seed", str(config.seed)),
-        *("--eval_dir", str(Path(config.out) / cell.folder)),
+        *("--eval_dir", config.out),
         *_device_options(config),
     )
 
@@ -195,50 +90,45 @@ def _device_options(config: StudyConfig) -> tuple[str, ...]:
     return ("--device", config.device) if config.device else ()
 
 
-def _schedule_command(config: StudyConfig, cell: Cell) -> Command:
+def _sample_command(config: StudyConfig, arm: Arm) -> Command:
     options = (
-        *_strategy_options(config, cell),
-        *("--num_videos", str(OPTIMAL_VIDEOS), "--num_timesteps", str(OPTIMAL_TIMESTEPS)),
+        *_strategy_options(config, arm),
+        *("--sampler", config.sampler, "--timestep_respacing", str(config.timesteps)),
+        *("--spacing", config.spacing, "--subset_size", str(config.num_videos)),
+        *("--num_samples", str(config.num_samples)),
     )
-    result = paths.optimal_schedule_path(eval_dir(config, cell))
-    return Command(f"schedule.{cell.strategy}", "video_optimal_schedule.py", options, result)
+    return Command(arm.sampled_by, "video_sample.py", options, eval_dir(config, arm) / "samples")
 
 
-def _sample_command(config: StudyConfig, cell: Cell) -> Command:
+def _bound_command(config: StudyConfig, arm: Arm) -> Command:
     options = (
-        *_strategy_options(config, cell),
-        *("--sampler", cell.sampler, "--timestep_respacing", str(cell.timesteps)),
-        *("--subset_size", str(config.num_videos)),
-        *(("--optimal",) if cell.optimal else ()),
+        *_strategy_options(config, arm),
+        *("--subset_size", str(config.bound_videos), "--stratified"),
     )
-    return Command(cell.sampled_by, "video_sample.py", options, eval_dir(config, cell) / "samples")
+    return Command(f"bound.{arm.name}", "video_nll.py", options, eval_dir(config, arm) / "elbos")
 
 
-def _bound_command(config: StudyConfig, cell: Cell) -> Command:
-    options = (
-        *_strategy_options(config, cell),
-        *("--subset_size", str(config.elbo_videos)),
-        *(("--timestep_respacing", config.elbo_respacing) if config.elbo_respacing else ()),
-        *(("--optimal",) if cell.optimal else ()),
+def _score_commands(config: StudyConfig, chosen: Sequence[Arm]) -> Iterator[Command]:
+    """A command for all strategies, so that the truth's features are computed once."""
+    dirs = [eval_dir(config, arm) for arm in chosen]
+    result = table_path(config, chosen[-1])
+    shared = (
+        *("--eval_dir", *map(str, dirs), *_device_options(config), *_metric_words(config)),
+        "--modes",
     )
-    return Command(f"bound.{cell.name}", "video_nll.py", options, eval_dir(config, cell) / "elbos")
+    of_videos = [mode for mode in config.modes if mode in VIDEO_METRICS]
+    of_frames = [mode for mode in config.modes if mode not in VIDEO_METRICS]
+    if of_frames:
+        yield Command("scores", "video_eval.py", (*shared, *of_frames), result)
+    if of_videos:
+        yield Command("fvd", "video_eval_fvd.py", (*shared, *of_videos, "--floor"), result)
 
 
-def _score_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
-    """One command per table, so that the truth's features are computed once for all strategies."""
-    frame_modes = [mode for mode in config.modes if mode not in VIDEO_METRICS]
-    video_modes = [mode for mode in config.modes if mode in VIDEO_METRICS]
-    for name, dirs in _tables(config, chosen).items():
-        result = paths.metrics_path(dirs[-1], config.num_videos, 1, config.T)
-        shared = (
-            *("--eval_dir", *map(str, dirs), *_device_options(config), *_metric_words(config)),
-            "--modes",
-        )
-        if frame_modes:
-            yield Command(f"scores.{name}", "video_eval.py", (*shared, *frame_modes), result)
-        if video_modes:
-            options = (*shared, *video_modes, "--floor")
-            yield Command(f"fvd.{name}", "video_eval_fvd.py", options, result)
+def table_path(config: StudyConfig, arm: Arm) -> Path:
+    """The table of one arm's metrics."""
+    return paths.metrics_path(
+        eval_dir(config, arm), config.num_videos, config.num_samples, config.T
+    )
 
 
 def _metric_words(config: StudyConfig) -> tuple[str, ...]:
@@ -248,30 +138,13 @@ def _metric_words(config: StudyConfig) -> tuple[str, ...]:
     return (*features, *as_words((*config.metric_options, *config.feature_options)))
 
 
-def _picture_commands(config: StudyConfig, chosen: list[Cell]) -> Iterator[Command]:
-    for name, dirs in _tables(config, chosen).items():
-        shared = ("--eval_dir", *map(str, dirs), "--out")
-        picture, grid, page = (
-            Path(config.out) / f"{name}.{kind}" for kind in ("png", "gif", "html")
-        )
-        yield Command(f"plot.{name}", "video_plot.py", (*shared, str(picture)), picture)
-        options = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
-        yield Command(f"gif.{name}", "video_make_gif.py", options, grid)
-        yield Command(f"report.{name}", "video_report.py", (*shared, str(page)), page)
-
-
-def _tables(config: StudyConfig, chosen: list[Cell]) -> dict[str, list[Path]]:
-    """{name: evaluation directories to show together}, a table per sampler.
-
-    Optimal schedules stand in a table of their own, beside the sampler's first strategy.
-    """
-    found: dict[str, list[Path]] = {}
-    for cell in chosen:
-        name = f"{cell.folder}.optimal" if cell.optimal else cell.folder
-        first = [eval_dir(config, reference(cells(config), cell))] if cell.optimal else []
-        dirs = found.setdefault(name, first)
-        dirs.append(eval_dir(config, cell))
-    return found
+def _picture_commands(config: StudyConfig, chosen: Sequence[Arm]) -> Iterator[Command]:
+    shared = ("--eval_dir", *(str(eval_dir(config, arm)) for arm in chosen), "--out")
+    picture, grid, page = (Path(config.out) / name for name in PICTURES)
+    yield Command("plot", "video_plot.py", (*shared, str(picture)), picture)
+    words = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
+    yield Command("gif", "video_make_gif.py", words, grid)
+    yield Command("report", "video_report.py", (*shared, str(page), *REPORT_OPTIONS), page)
 
 
 # ---------------------------------------------------------------- running them
@@ -305,8 +178,8 @@ def run(config: StudyConfig, only: Sequence[str] = (), *, run_script: RunScript)
     trained_on = load_weights(config.checkpoint).config.get("dataset")
     if trained_on != config.dataset:
         raise ValueError(
-            f"{config.checkpoint} was trained on {trained_on}, not on {config.dataset}: give the "
-            "other study, or another --checkpoint"
+            f"{config.checkpoint} was trained on {trained_on}, not on {config.dataset}: give another "
+            "--checkpoint, or the study of that data set"
         )
     checkpoint = sha256(Path(config.checkpoint))
     _check_folder(config, checkpoint)
@@ -331,8 +204,8 @@ def _check_folder(config: StudyConfig, checkpoint: str) -> None:
             raise ValueError(
                 f"{path}: made with another checkpoint than {config.checkpoint}: give another --out"
             )
-    for cell in cells(config):
-        folder = eval_dir(config, cell)
+    for arm in arms(config):
+        folder = eval_dir(config, arm)
         names = [paths.parse_sample_name(path.name) for path in (folder / "samples").glob("*")]
         if len({name[0] for name in names if name}) > config.num_videos:
             raise ValueError(

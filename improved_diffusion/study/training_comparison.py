@@ -120,22 +120,31 @@ def recipes(config: ComparisonConfig) -> list[Recipe]:
     return list(found.values())
 
 
-def _recipe(config: ComparisonConfig, name: str, words: Sequence[str]) -> Recipe:
-    parser = argparse.ArgumentParser(prog=f"--runs {name!r}")
+def parse_recipe(name: str, words: Sequence[str]) -> Recipe:
+    """The run that video_train.py would make of these words, --config FILE among them.
+
+    Argparse ends the process where they are wrong; raises what resolving them raises.
+    """
+    parser = argparse.ArgumentParser(prog=name)
     add_arguments(parser, TrainConfig, DataConfig, ModelConfig, DiffusionConfig, LaunchConfig)
     args = parse_with_config(parser, words)
-    if args.resume_id or args.resume_checkpoint:
-        raise ValueError(f"--runs {name}: starts anew: leave out --resume_id, --resume_checkpoint")
     data, diffusion = config_from_args(DataConfig, args), config_from_args(DiffusionConfig, args)
     train, model = config_from_args(TrainConfig, args), config_from_args(ModelConfig, args)
     train, model, _ = resolve_train_options(train, data, model)
+    return Recipe(name, train, data, model, diffusion)
+
+
+def _recipe(config: ComparisonConfig, name: str, words: Sequence[str]) -> Recipe:
+    recipe = parse_recipe(name, words)
+    if recipe.train.resume_id or recipe.train.resume_checkpoint:
+        raise ValueError(f"--runs {name}: starts anew: leave out --resume_id, --resume_checkpoint")
     train = dataclasses.replace(
-        train,
+        recipe.train,
         resume_id=f"{Path(config.out).name}/{name}",
         save_latest_only=True,
         sample_interval=0,
     )
-    return Recipe(name, train, data, model, diffusion)
+    return dataclasses.replace(recipe, train=train)
 
 
 # ---------------------------------------------------------------- training and measuring
@@ -204,22 +213,33 @@ def checkpoint_path(config: ComparisonConfig, recipe: Recipe) -> str:
 
 
 def _measure(config: ComparisonConfig, recipe: Recipe) -> dict[str, float]:
-    """{"-6": squared error, ..., "bits/dim": bound}: means over the held-out queries."""
+    """What `held_out_errors` finds of a run's newest checkpoint."""
+    device = default_device(config.device)
+    model = TrainedModel.load(checkpoint_path(config, recipe), device)
+    return held_out_errors(
+        model.denoiser(), recipe, config.queries, seed=config.seed, device=device
+    )
+
+
+def held_out_errors(
+    denoiser: Denoiser, recipe: Recipe, num_queries: int, *, seed: int, device: str
+) -> dict[str, float]:
+    """{"-6": squared error of predicted clean frames at this log SNR, ..., "bits/dim": bound}.
+
+    Means over queries, inference steps of random strategies on test videos with the sizes of the recipe.
+    """
     _, _, spec = resolve_train_options(recipe.train, recipe.data, recipe.model)
     train = dataclasses.replace(
         recipe.train,
         mask_distribution="queries",
         mask_options=None,
-        seed=config.seed,
-        valid_videos=config.queries,
+        seed=seed,
+        valid_videos=num_queries,
     )
     queries = held_out_items(spec, train, recipe.data.cache_dir)
-    device = default_device(config.device)
-    model = TrainedModel.load(checkpoint_path(config, recipe), device)
-    denoiser = model.denoiser()
     rows = [
-        query_errors(denoiser, query_batch(queries, number, device), (config.seed, number))
-        for number in range(config.queries)
+        query_errors(denoiser, query_batch(queries, number, device), (seed, number))
+        for number in range(num_queries)
     ]
     return dict(zip([*map(str, LEVELS), BOUND], map(float, np.mean(rows, axis=0)), strict=True))
 

@@ -92,12 +92,13 @@ def gather_numbers(config: ReportConfig) -> Numbers:
     eval_dirs = [EvalDir(folder) for folder in dict.fromkeys(config.eval_dir)]
     names = provenance.strategy_names(eval_dirs)
     strategies: list[Strategy] = []
-    left_out: list[str] = []
+    missing: dict[str, list[str]] = {}
     for name, eval_dir in zip(names, eval_dirs, strict=True):
         strategies.append(_strategy(name, eval_dir))
-        left_out += _missing(strategies[-1], eval_dir)
+        for sentence in _missing(strategies[-1], eval_dir):
+            missing.setdefault(sentence, []).append(name)
     _check_comparable(strategies, eval_dirs, allow=config.allow_differences)
-    return Numbers(strategies, left_out)
+    return Numbers(strategies, [f"{', '.join(of)}: {said}" for said, of in missing.items()])
 
 
 def _check_comparable(strategies: list[Strategy], eval_dirs: list[EvalDir], *, allow: bool) -> None:
@@ -155,21 +156,21 @@ def _facts(eval_dir: EvalDir) -> dict[str, str]:
 
 
 def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
-    """Sentences on what the directory does not say."""
+    """Sentences on what the directory does not say, without its name."""
     unsaid = [words for what, words in EXPECTED.items() if what not in strategy.facts]
     if unsaid:
-        yield f"{strategy.name}: its folder does not say {', '.join(unsaid)}."
+        yield f"the folder does not say {', '.join(unsaid)}."
     if not strategy.table.values:
-        yield f"{strategy.name}: no scores; scripts/video_eval.py computes them."
+        yield "no scores; scripts/video_eval.py computes them."
     elif not strategy.table.values.keys() & FRAME_METRICS.keys():
-        yield f"{strategy.name}: no scores of single frames, so no curves of them."
+        yield "no scores of single frames, so no curves of them."
     if old := _without_halves(strategy.table):
         yield (
-            f"{strategy.name}: differences in {', '.join(old)}, whose table was written before it held "
+            f"differences in {', '.join(old)}, whose table was written before it held "
             "what they need; scripts/video_eval_fvd.py writes it anew from what it has kept."
         )
     if curves.has_bounds(eval_dir) and not strategy.bits:
-        yield f"{strategy.name}: its bounds, since the folder does not say of how many frames they are."
+        yield "the bounds, since the folder does not say of how many frames they are."
 
 
 def _without_halves(table: ScoreTable) -> list[str]:

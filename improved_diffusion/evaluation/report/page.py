@@ -64,7 +64,8 @@ def render(config: ReportConfig, numbers: Numbers, videos: Videos) -> str:
     facts = {name: value for s in strategies for name, value in s.facts.items()}
     shared = {n: v for n, v in facts.items() if all(s.facts.get(n) == v for s in strategies)}
     return environment.get_template("page.html").render(
-        title=config.title or f"Samples of {shared.get('data set', 'several data sets')}",
+        title=config.title
+        or f"Samples of {Path(shared.get('data set', 'several data sets')).name}",
         strategies=strategies,
         swatches=[_swatch(position) for position in range(len(strategies))],
         panels=[("truth", False)] * bool(videos.truth) + [(s.name, True) for s in strategies],
