@@ -120,6 +120,14 @@ def test_results_of_other_options_are_not_mixed_with_new_ones():
         compare("--updates", 2, runs=["a: --lr 0.5"])
 
 
+@pytest.mark.parametrize(
+    ("names", "curves"),
+    [(["fast", "fast-1", "fast-12"], 1), (["lr", "lr-v", "lr-v-1"], 2), (["v1", "v2"], 2)],
+)
+def test_seeds_of_one_run_are_drawn_alike(names, curves):
+    assert len(set(map(training_comparison.without_seed, names))) == curves
+
+
 # ---------------------------------------------------------------- what is measured
 
 

@@ -31,6 +31,7 @@ from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.machine import default_device
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import TrainDataset
+from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
 from improved_diffusion.sampling.denoiser import Denoiser
@@ -356,23 +357,40 @@ def format_table(records: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _draw(records: dict[str, list[dict[str, float]]], path: Path, *, by_time: bool) -> None:
-    """A panel per noise level and one of the bound, a curve per run; both axes logarithmic."""
-    from matplotlib.figure import Figure
+    """A panel per noise level and one of the bound, a curve per run; logarithmic.
 
-    figure = Figure(figsize=(16, 7), layout="constrained")
+    Runs whose names differ in a last "-1", "-2", ... are seeds of one: drawn alike, named once.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(16, 7.4), layout="constrained")
     axis, label = ("seconds", "seconds of training") if by_time else ("updates", "updates")
+    families = list(dict.fromkeys(map(without_seed, records)))
+    styles = {family: line_style(place) for place, family in enumerate(families)}
     lines = {}
     titles = [f"log SNR {level}" for level in LEVELS] + [BOUND]
     panels = zip(figure.subplots(2, 4).flat, [*map(str, LEVELS), BOUND], titles, strict=True)
     for axes, column, title in panels:
         for name, rows in records.items():
             x, y = [row[axis] for row in rows], [row[column] for row in rows]
-            (lines[name],) = axes.loglog(x, y, marker=".", linewidth=1.3)
+            colour, dashes = styles[without_seed(name)]
+            (line,) = axes.loglog(x, y, marker=".", linewidth=1.3, color=colour)
+            line.set_dashes(dashes or (None, None))
+            lines[without_seed(name)] = line
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(label)
+        for scale in (axes.xaxis, axes.yaxis):
+            scale.set_major_formatter(LogFormatter())
+            scale.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
         axes.grid(alpha=0.3, which="both")
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6)
     figure.suptitle("squared error of predicted clean frames on held-out queries", fontsize=11)
     with contextlib.closing(io.BytesIO()) as image, paths.atomic_write(path) as file:
-        figure.savefig(image, format="png", dpi=100)
+        figure.savefig(image, format="png", dpi=80)
         file.write(image.getvalue())
+
+
+def without_seed(name: str) -> str:
+    """The name of a run without a last "-1", "-2", ..., by which seeds of one are told apart."""
+    return re.sub(r"-\d+$", "", name)
