@@ -31,6 +31,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_laps_of_mazes_are_continued_with_and_without_recalling(folder, capsys):
     call_main("video_demo.py", "--minutes", "0", *SIZES)
     printed = capsys.readouterr().out

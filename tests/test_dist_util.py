@@ -86,6 +86,7 @@ def test_abort_without_setup_imports_neither_torch_nor_mpi():
     assert done.returncode == 7
 
 
+@pytest.mark.slow
 def test_a_plain_process_never_imports_mpi():
     code = """
         import sys

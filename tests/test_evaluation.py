@@ -663,6 +663,7 @@ def test_gifs_show_observed_frames_with_a_red_border(eval_dir, tmp_path):
     assert (corner[0] == [255, 0, 0]).all() and (corner[-1] != [255, 0, 0]).any()
 
 
+@pytest.mark.slow
 def test_a_grid_puts_the_truth_beside_the_samples(eval_dir, tmp_path):
     args = ("--eval_dir", eval_dir.path, "--grid", "--add_gt", "--format", "mp4")
     done = run_script("video_make_gif.py", *args, cwd=tmp_path)

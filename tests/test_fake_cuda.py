@@ -51,7 +51,11 @@ def make_batch():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"precision": "bf16"}, marks=pytest.mark.slow), {"use_fp16": True}],
+    [
+        {},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"use_fp16": True}, marks=pytest.mark.slow),
+    ],
     ids=["fp32", "bf16", "fp16"],
 )
 def test_a_training_step(cuda, options, monkeypatch):

@@ -124,7 +124,10 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"grad_clip": 0.1, "microbatch": 1, "ema_warmup": True}])
+MORE = {"grad_clip": 0.1, "microbatch": 1, "ema_warmup": True}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(MORE, marks=pytest.mark.slow)])
 def test_no_number_is_read_between_two_rows_of_the_log(videos, fused, options):
     """Shown to count: a float() of a tensor."""
     loop = make_loop(videos, log_interval=10, save_interval=10, **options)

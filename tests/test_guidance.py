@@ -154,9 +154,9 @@ def test_where_nothing_is_observed_there_is_nothing_to_guide():
 # ---------------------------------------------------------------- sampled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, suffix", [
-    pytest.param({"guidance": 2.0, "sampler": "unipc", "timestep_respacing": "3"},
-                 "_unipc_respace3_g2-nothing", marks=pytest.mark.slow),
+    ({"guidance": 2.0, "sampler": "unipc", "timestep_respacing": "3"}, "_unipc_respace3_g2-nothing"),
     ({"guidance": 1.5, "guidance_against": "subset", "guidance_interval": (0.1, 5)},
      "_g1.5-subset-0.1-5"),
 ])  # fmt: skip

@@ -1,6 +1,5 @@
 """What a run goes on from: averages that came and went, damaged files, and the memory it takes."""
 
-import itertools
 import pickle
 import resource
 import subprocess
@@ -77,11 +76,9 @@ def test_a_first_save_that_was_killed_starts_at_0(videos, monkeypatch):
 # ---------------------------------------------------------------- damaged files
 
 
-@pytest.mark.parametrize("latest_only, kind", [(False, "opt")] + [
-    pytest.param(*case, marks=pytest.mark.slow)
-    for case in itertools.product([False, True], ["model", "ema_0.99", "opt"])
-    if case != (False, "opt")
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "ema_0.99", "opt"])
+@pytest.mark.parametrize("latest_only", [False, True])
 def test_a_run_goes_on_from_the_set_before_a_damaged_file(videos, caplog, latest_only, kind):
     make_loop(videos, resume_id="whole").run_loop()
     make_loop(videos, resume_id="run", max_steps=2).run_loop()
@@ -116,7 +113,10 @@ def test_a_damaged_newer_set_does_not_make_keep_remove_the_whole_ones(videos):
     assert load_run("checkpoints/run").step == 3
 
 
-@pytest.mark.parametrize("damage", ["letters", "fields", "header", "bytes"])
+@pytest.mark.parametrize("damage", [
+    "letters",
+    *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("fields", "header", "bytes")),
+])  # fmt: skip
 def test_a_damaged_table_does_not_stop_a_run_and_is_kept(videos, caplog, damage):
     make_loop(videos, resume_id="run", max_steps=3).run_loop()
     path = Path("checkpoints/run/progress.csv")

@@ -179,6 +179,7 @@ def test_light_modules_load_nothing_heavy(module):
     assert not loaded & {"torch", "tensorflow", "lpips", "wandb", "skimage", "matplotlib", "mpi4py"}
 
 
+@pytest.mark.slow
 def test_help_of_every_script_loads_no_torch():
     for path in sorted((ROOT / "scripts").glob("*.py")):
         code = (

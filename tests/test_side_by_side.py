@@ -394,6 +394,7 @@ print(before, peak, machine.free_memory_bytes(device))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_measured_on_this_machine():
     """In a process of its own: memory that earlier work has freed may stay with the process."""
     done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True)
