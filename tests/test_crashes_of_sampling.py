@@ -8,12 +8,14 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from improved_diffusion.evaluation import evaluate
 from improved_diffusion.evaluation.options import EvalConfig
@@ -34,6 +36,7 @@ def start(work: Callable[[], Any], limit: int | None = None) -> int:
         return pid
     code = 1
     try:
+        tqdm.set_lock(threading.RLock())  # forks share tqdm's own, and a killed one would keep it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, UNLIMITED))
         sys.stderr = open(os.devnull, "w")  # what pytest captures is a file too
