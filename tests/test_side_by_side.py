@@ -322,7 +322,8 @@ def test_two_processes_share_one_video(checkpoint, tmp_path):
     alone = sample(checkpoint, eval_dir="alone", indices=(1,), inference_mode="independent")
     launcher = (Path(sys.executable).parent / "mpiexec", "-n", "2")
     words = "--inference_mode independent --step_size 2 --obs_length 2 --indices 1 --eval_dir both"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import toy_runs\n"
+    here = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import toy_runs\n"
     (tmp_path / "sample.py").write_text(
         code
         + "from scripts.video_sample import main; from improved_diffusion.script_util import run_main\n"
