@@ -27,6 +27,7 @@ import torch
 
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, flat_options
 from improved_diffusion.data import paths
+from improved_diffusion.data.dataset_files import prepare_dataset
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.machine import default_device
 from improved_diffusion.data.rng_util import make_generator, randn
@@ -236,6 +237,7 @@ def held_out_errors(
         seed=seed,
         valid_videos=num_queries,
     )
+    prepare_dataset(spec)  # a measurement before training may be the first use
     queries = held_out_items(spec, train, recipe.data.cache_dir)
     rows = [
         query_errors(denoiser, query_batch(queries, number, device), (seed, number))
