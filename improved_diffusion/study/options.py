@@ -39,12 +39,12 @@ class DemoConfig:
         "", "network that continues laps of mazes (default: the one that comes with the repository)"
     )
     maze_indices: tuple[int, ...] = option(
-        (22,),
-        "test videos of maze_laps to show it on; the default has the shortest lap, of 40 frames",
+        (26,),
+        "test videos of maze_laps to show it on; the default is the one that --subset_size 1 names",
         nargs="+",
         item_type=int,
     )
-    maze_T: int = option(180, "length of these videos, of which 60 frames are observed")
+    maze_T: int = option(240, "length of these videos, of which 60 frames are observed")
     maze_timesteps: int = option(6, "timesteps of sampling them")
     balls_checkpoint: str = option(
         "", "network for bouncy_balls to compare with (default: as for mazes)"
