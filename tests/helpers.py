@@ -42,6 +42,13 @@ def call_main(script: str, *words: object) -> None:
         dist_util.cleanup()  # a main that raises has not
 
 
+def scripted(folder: Path, network: torch.nn.Module) -> str:
+    """A TorchScript file of a network."""
+    path = folder / "network.pt"
+    torch.jit.script(network).save(str(path))
+    return str(path)
+
+
 def make_folder_dataset(
     folder: Path, *, num_train: int = 3, num_test: int = 4, T: int = 8, size: int = 32
 ) -> Path:

@@ -2,12 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import scripted
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.evaluation.feature_file import FileFeatures
 from improved_diffusion.evaluation.features import AlexNetFeatures, I3DFeatures, MotionFeatures
@@ -87,12 +87,6 @@ class Colours(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(dim=(0, 2, 3, 4))
-
-
-def scripted(folder: Path, network: torch.nn.Module) -> str:
-    path = folder / "network.pt"
-    torch.jit.script(network).save(str(path))
-    return str(path)
 
 
 def extractor(file: str, **options) -> FileFeatures:

@@ -19,9 +19,9 @@ from improved_diffusion.evaluation.intervals import Interval, mean_interval
 from improved_diffusion.evaluation.metric_tables import read_table
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.study import study, study_report
-from improved_diffusion.study.arms import PRESETS, arms, preset_names, resolve
+from improved_diffusion.study.arms import arms, resolve
 from improved_diffusion.study.commands import in_place_of, run_script
-from improved_diffusion.study.options import StudyConfig
+from improved_diffusion.study.options import PRESETS, StudyConfig, preset_names
 from test_readme import load_script
 
 CHECKPOINT = "checkpoints/pretrained/maze_laps/ema_0.9_latest.pt"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import call_main, make_folder_dataset
+from helpers import call_main, make_folder_dataset, scripted
 from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.measurements import Workshop
@@ -35,12 +35,6 @@ class ThreeNumbers(torch.nn.Module):
 class Nowhere(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.full([1, x.shape[2], 25, 2], float("nan"))
-
-
-def scripted(folder, network) -> str:
-    path = folder / "tracker.pt"
-    torch.jit.script(network).save(str(path))
-    return str(path)
 
 
 def features(file: str, **options) -> TrackFeatures:

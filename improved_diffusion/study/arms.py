@@ -16,19 +16,13 @@ from improved_diffusion.registry import STRATEGIES
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import read_json
 from improved_diffusion.study.commands import parse
-from improved_diffusion.study.options import StudyConfig
+from improved_diffusion.study.options import PRESETS, StudyConfig, preset_names
 
-PRESETS = Path(__file__).parent / "presets"
 LEFT_OPEN = ("", (), -1)
 NEEDED = (
     "dataset T obs_length max_frames step_size strategies num_videos num_samples sampler timesteps "
     "spacing bound_videos modes"
 ).split()
-
-
-def preset_names() -> list[str]:
-    """The studies that come with the repository."""
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def resolve(config: StudyConfig) -> StudyConfig:

@@ -29,7 +29,12 @@ from improved_diffusion.evaluation.report.page import write_report
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import SampleConfig
 from improved_diffusion.sampling.results import EvalDir
-from improved_diffusion.sampling.trained_model import TrainedModel, create_diffusion, create_model
+from improved_diffusion.sampling.trained_model import (
+    TrainedModel,
+    create_diffusion,
+    create_model,
+    stored_dataset,
+)
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.commands import in_place_of, parse
 from improved_diffusion.study.options import DemoConfig
@@ -153,13 +158,15 @@ def show_training(config: DemoConfig) -> None:
     errors[f"after {updates_made()} updates"] = measure(config, recipe)
     print(f"\n{error_table(errors)}")
     print("\nPSNR by predicted frame, mean over videos (dB)")
-    for checkpoint, step_size, size in ((trained_checkpoint(), 3, 16), (balls, 4, 32)):
+    for name, checkpoint, step_size in (
+        ("trained just now", trained_checkpoint(), 3),
+        ("pretrained", balls, 4),
+    ):
         words = SAMPLING.format(**vars(config), step_size=step_size)
         folder = _sampled([checkpoint, *shlex.split(words)])
         _scored([folder], "psnr")
         _gallery(["--eval_dir", str(folder), "--add_gt", "--grid"])
-        name = "trained just now" if checkpoint == trained_checkpoint() else "pretrained"
-        print(f"\n{first_frames(config, name, folder, size)}\nvideos: {folder / 'videos'}")
+        print(f"\n{first_frames(config, name, folder)}\nvideos: {folder / 'videos'}")
     seconds = time.perf_counter() - began
     print(f"\ncheckpoints: {paths.run_dir(RUN_ID)}\ntime: {seconds / 60:.1f} minutes")
 
@@ -185,8 +192,7 @@ def train(config: DemoConfig, recipe: Recipe) -> None:
                 raise ValueError("training was interrupted: start again, and it goes on from there")
         now = time.perf_counter()
         speed = chunk / (now - chunk_began)
-        chunk = int(speed * min(CHUNK_S, 60 * config.minutes - (now - began)))
-        chunk = max(chunk, 0)
+        chunk = max(0, int(speed * min(CHUNK_S, 60 * config.minutes - (now - began))))
     logger.info("%.0f s of training, %.2f updates/s at last", now - began, speed)
 
 
@@ -228,13 +234,14 @@ def updates_made() -> int:
 # ---------------------------------------------------------------- first frames
 
 
-def first_frames(config: DemoConfig, name: str, folder: Path, image_size: int) -> str:
+def first_frames(config: DemoConfig, name: str, folder: Path) -> str:
     """PSNR of predicted frames beside that of the last observed one, repeated, and who is ahead."""
     ours = read_table(table_path(folder, config.T))["psnr"][:, 0]
-    repeated = repeated_frame_psnr(config, folder, image_size)
+    size = stored_dataset(DATASET, EvalDir(folder).model_config()).image_size
+    repeated = repeated_frame_psnr(config, folder, size)
     last = ours.shape[1]
     shown = [frame for frame in SHOWN_FRAMES if frame < last] + [last]
-    heads = f"{f'{image_size}x{image_size}, frame':30}" + "".join(f"{frame:>7}" for frame in shown)
+    heads = f"{f'{size}x{size}, frame':30}" + "".join(f"{frame:>7}" for frame in shown)
     lines = [f"{heads}    mean"]
     for label, values in ((name, ours), ("last observed frame repeated", repeated)):
         numbers = "".join(f"{value:7.1f}" for value in values.mean(axis=0)[np.array(shown) - 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from improved_diffusion.config import (
@@ -26,6 +27,12 @@ from improved_diffusion.registry import (
 
 # Those that give one number of a sample: what a comparison of ways to train asks for.
 SINGLE_METRICS = JoinedRegistry("modes", FRAME_METRICS, VIDEO_METRICS)
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The studies that come with the repository."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class StudyConfig:
 
     preset: str = field(
         metadata={
-            "help": "bouncy_balls, colour_mazes, maze_laps, or a FILE like "
+            "help": f"{', '.join(preset_names())}, or a FILE like "
             "improved_diffusion/study/presets/*.json",
             "positional": True,
         }

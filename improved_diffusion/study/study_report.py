@@ -17,7 +17,8 @@ from improved_diffusion.evaluation import metric_tables
 from improved_diffusion.evaluation.comparison import find_differences
 from improved_diffusion.evaluation.intervals import Interval, mean_interval
 from improved_diffusion.evaluation.metric_tables import ScoreTable
-from improved_diffusion.registry import METRICS, SAMPLE_METRICS
+from improved_diffusion.evaluation.plots import axis_label
+from improved_diffusion.registry import SAMPLE_METRICS
 from improved_diffusion.sampling.results import EvalDir
 from improved_diffusion.sampling.trained_model import stored_dataset
 from improved_diffusion.study.arms import Arm, arms
@@ -99,12 +100,7 @@ def score_table(
         rest = ["-"] * (len(rows[0]) - 1 - len(modes))
         rows.append(["real against real", *(floor or "-" for floor in floors), *rest])
     bits = ["bits/dim (estimate)"] if config.bound_videos else []
-    return markdown_table(["strategy", *map(_head, modes), *bits, "s/sample"], rows)
-
-
-def _head(mode: str) -> str:
-    unit = METRICS[mode].unit
-    return f"{mode.upper()} ({unit})" if unit else mode.upper()
+    return markdown_table(["strategy", *map(axis_label, modes), *bits, "s/sample"], rows)
 
 
 def _score(info: Mapping[str, Any], mode: str, differences: Differences, arm: Arm) -> str:
@@ -146,7 +142,7 @@ def column_table(
     heads = list(next(iter(rows.values())))
     ordered = sorted(rows.items(), key=lambda item: item[0][0] == NO_STRATEGY)
     lines = [[*names, *(cells.get(head, "-") for head in heads)] for names, cells in ordered]
-    titles = (f"{_head(mode)} {head}".rstrip() for head in heads)
+    titles = (f"{axis_label(mode)} {head}".rstrip() for head in heads)
     return markdown_table(["strategy", "of", *titles], lines)
 
 
