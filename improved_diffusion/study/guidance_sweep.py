@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,10 @@ def guidance_sweep(sampling: SampleConfig, config: GuidanceSweepConfig) -> str:
 
 
 def _ways(sampling: SampleConfig, config: GuidanceSweepConfig) -> list[SampleConfig]:
-    """The options of each row. Raises ValueError for those that cannot be, before any is sampled."""
+    """The options of each row; an --eval_dir holds a folder of each.
+
+    Raises ValueError for those that cannot be, before any is sampled.
+    """
     ways = []
     for against, weight in itertools.product(config.against, config.weights):
         if weight == 1 and against != config.against[0]:
@@ -56,7 +60,11 @@ def _ways(sampling: SampleConfig, config: GuidanceSweepConfig) -> list[SampleCon
         way: dict[str, Any] = {"guidance": weight}
         if weight != 1:
             way |= {"guidance_against": against, "guidance_interval": config.guidance_interval}
-        ways.append(dataclasses.replace(sampling, **way))
+        options = dataclasses.replace(sampling, **way)
+        if sampling.eval_dir is not None:
+            own = options.guidance_suffix(Path(options.guidance_against).stem) or "_unguided"
+            options = dataclasses.replace(options, eval_dir=str(Path(sampling.eval_dir) / own[1:]))
+        ways.append(options)
     return ways
 
 
