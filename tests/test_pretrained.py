@@ -12,7 +12,7 @@ from improved_diffusion.script_util import load_model
 FOLDER = Path(__file__).parent.parent / "checkpoints" / "pretrained"
 
 
-@pytest.mark.parametrize("dataset", ["bouncy_balls", "maze_laps"])
+@pytest.mark.parametrize("dataset", ["bouncy_balls", "colour_mazes", "maze_laps"])
 def test_pretrained_networks_are_small_and_continue_frames(dataset):
     (path,) = (FOLDER / dataset).glob("*.pt")
     assert path.stat().st_size < 10e6
