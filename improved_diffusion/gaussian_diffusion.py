@@ -185,7 +185,8 @@ class GaussianDiffusion:
         eps = self.predict_eps_from_xstart(x, t, xstart)
         bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
         sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
-        sample = bar_prev.sqrt() * xstart + torch.sqrt(1 - bar_prev - sigma**2) * eps
+        rest = (1 - bar_prev - sigma**2).clamp(min=0)  # rounding takes it below 0 where eta is 1
+        sample = bar_prev.sqrt() * xstart + rest.sqrt() * eps
         return sample + sigma * randn(x.shape, generator, x.device) if eta else sample
 
     # ------------------------------------------------------------ the published ways to sample

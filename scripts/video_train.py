@@ -26,8 +26,8 @@ GROUPS = (TrainConfig, DataConfig, ModelConfig, DiffusionConfig)
 EPILOG = """\
 examples:
   python scripts/video_train.py --batch_size 2 --max_frames 20 --dataset mazes_cwvae --num_res_blocks 1
-  mpiexec -n 4 python scripts/video_train.py --batch_size 2 --max_frames 20 --dataset mazes_cwvae --num_res_blocks 1 \\
-    --resume_id ID
+  mpiexec -n 4 python scripts/video_train.py --batch_size 2 --max_frames 20 --dataset mazes_cwvae \\
+    --num_res_blocks 1 --resume_id ID
 
 Writes to checkpoints/<run id>/ (root: DIFFUSION_BLOB_LOGDIR): model_<step>.pt,
 ema_<rate>_<step>.pt, opt_<step>.pt and *_latest.pt, config.json, progress.csv, samples/. The run id is

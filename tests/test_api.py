@@ -59,6 +59,15 @@ def test_a_video_is_the_one_that_the_script_samples(checkpoint):
     assert (ours[4:] != other[4:]).mean() > 0.1
 
 
+def test_a_strategy_that_compares_frames_has_its_options(checkpoint):
+    loaded, frames = load_model(checkpoint), np.load("data/test/0.npy")[:4]
+    by = {"distance": "l2"}
+    video = sample_video(loaded, frames, 9, "adaptive-autoreg", steps=3, strategy_options=by)
+    assert video.shape == (9, 32, 32, 3)
+    with pytest.raises(ValueError, match="distance"):
+        sample_video(loaded, frames, 9, "adaptive-autoreg", strategy_options={"distance": "far"})
+
+
 @pytest.mark.parametrize(
     "change, options, message",
     [

@@ -15,6 +15,7 @@ from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.guidance import GuidedDenoiser
 from improved_diffusion.sampling.options import SampleConfig
+from improved_diffusion.sampling.provenance import sample_command
 from test_video_sampling import assert_same_video, checkpoint, load, sample  # noqa: F401
 
 PROCESS = SpacedDiffusion(
@@ -203,6 +204,7 @@ def test_an_earlier_checkpoint_guides_and_is_known_by_its_weights(checkpoint, tm
     assert len(suffix) == 8 and set(suffix) <= set("0123456789abcdef")
     stored = json.loads((first.path / "sample_config.json").read_text())
     assert stored["guidance_against"].startswith(suffix)
+    assert f"--guidance_against {earlier}" in sample_command(first)
     again = sample(checkpoint, indices=(1,), guidance=2.0, guidance_against=str(moved))
     assert again.path == first.path
     content["state_dict"]["out.2.bias"] += 0.3

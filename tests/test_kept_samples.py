@@ -98,6 +98,8 @@ def test_videos_that_another_run_finishes_meanwhile_are_left_alone(checkpoint, m
     def open_and_meet(self, job):
         opened.append(job.video)
         if len(opened) == 1:
+            task = self.task
+            self.eval_dir.write_configs(task.model.config, task.stored(), task.ignored())
             self.eval_dir.save_sample(3, 0, np.full((T, 3, SIZE, SIZE), 9, np.uint8))
         return original(self, job)
 
@@ -268,6 +270,46 @@ def test_bounds_of_other_weights_are_refused(checkpoint, tmp_path):
     make_toy(tmp_path, gain=0.6)
     with pytest.raises(ValueError, match="bounds made with weights_sha256 .*--eval_dir"):
         bound(checkpoint, indices=(1,))
+
+
+def test_bounds_of_a_data_set_that_has_changed_are_refused(checkpoint):
+    bound(checkpoint, indices=(0,))
+    np.save("data/test/0.npy", 255 - np.load("data/test/0.npy"))
+    with pytest.raises(ValueError, match="bounds of another video 0 than .* has now.*--eval_dir"):
+        bound(checkpoint, indices=(0, 1))
+    assert bound(checkpoint, indices=(1,)).videos == [1]
+
+
+def test_bounds_that_another_run_has_made_meanwhile_with_another_seed_are_found(
+    checkpoint, monkeypatch
+):
+    original, quicker = nll.StepBound.__call__, []
+
+    def slow(self, *args):
+        if self.seed == 9 and not quicker:
+            quicker.append(bound(checkpoint, indices=(0,)))
+        return original(self, *args)
+
+    monkeypatch.setattr(nll.StepBound, "__call__", slow)
+    with pytest.raises(ValueError, match="holds bounds made with seed 0, not 9"):
+        bound(checkpoint, indices=(0,), seed=9)
+    stored = json.loads((quicker[0].eval_dir / "elbo_config.json").read_text())
+    assert stored["seed"] == 0 and quicker[0].bits_per_dim[0] == bound(checkpoint).bits_per_dim[0]
+
+
+def test_samples_of_which_nothing_says_what_made_them_are_not_added_to(checkpoint):
+    made = sample(checkpoint, indices=(0,))
+    made.sample_config_path.unlink()
+    with pytest.raises(ValueError, match="no sample_config.json that says .*--eval_dir"):
+        sample(checkpoint, indices=(1,), seed=7)
+    assert set(made.samples()) == {0}
+
+
+def test_samples_of_other_weights_do_not_count_as_made(checkpoint, tmp_path):
+    sample(checkpoint, indices=(0,))
+    make_toy(tmp_path, gain=0.6)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        sample(checkpoint, indices=(0,), status=True)
 
 
 def test_scores_against_other_videos_are_refused_and_change_no_table(checkpoint):

@@ -119,6 +119,12 @@ def test_mean_and_covariance_are_those_of_the_conditional_distribution(sampler, 
     ).all()
 
 
+@pytest.mark.parametrize("timesteps", ["2", "3", "6"])
+def test_ddim_with_all_of_ddpms_noise_is_finite_however_few_its_steps(timesteps):
+    samples = run("ddim", timesteps, 4, eta=1.0, noise_schedule="cosine", predict_xstart=True)
+    assert np.isfinite(samples).all()
+
+
 def exact_flow(noise: np.ndarray, sigma: float) -> np.ndarray:
     """Where the probability flow takes x = sigma * noise (in x / sqrt(alpha_bar)), in closed form.
 

@@ -1,5 +1,6 @@
 """The comparisons of samplers and of guidance: what stands in their tables, and what they refuse."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_errors_shrink_with_calls_and_are_none_where_the_solution_is_asked_for(
 
 def test_the_compared_step_begins_with_the_noise_and_the_frames_of_sampling(checkpoint, tmp_path):  # noqa: F811
     task = Task.resolve(options(checkpoint))
-    batch, noise = first_step(task)
+    batch, _, noise = first_step(task)
     assert batch.frame_indices.tolist() == [[2, 3, 4, 5]]
     truth = np.load(tmp_path / "data/test/2.npy")[2].transpose(2, 0, 1)
     np.testing.assert_allclose(batch.frames[1, 0], truth / 127.5 - 1, atol=1e-6)
@@ -93,6 +94,9 @@ def test_the_sweep_measures_what_it_has_sampled(checkpoint, tmp_path, monkeypatc
     ]
     assert rows[0][2].split(" ± ")[0] == f"{np.mean(psnr):.3f}"
     assert rows[0][4].split(" ± ")[0] == f"{np.mean(between):.3f}"
+    fewer = dataclasses.replace(sampling, indices=(2,))  # of those that are there
+    *_, again, _, _ = cells(guidance_sweep(fewer, config))
+    assert again[4] == f"{between[1]:.3f}"
     with pytest.raises(ValueError, match="--num_samples 1"):
         guidance_sweep(options(checkpoint), config)
 

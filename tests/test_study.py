@@ -104,7 +104,12 @@ def test_a_file_that_says_too_little_or_something_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mine.json does not say T: add it, or give --T"):
         resolve(StudyConfig(str(file)))
     file.write_text('{"vidoes": 4}')
-    with pytest.raises(ValueError, match="mine.json: vidoes is no option of a study"):
+    with pytest.raises(
+        ValueError, match="mine.json: vidoes is nothing that the file of a study says"
+    ):
+        resolve(StudyConfig(str(file)))
+    file.write_text('{"seed": 5}')  # which would hold for nothing
+    with pytest.raises(ValueError, match="seed is nothing .*--seed on the command line"):
         resolve(StudyConfig(str(file)))
     with pytest.raises(FileNotFoundError, match="minerl: no such study: choose from bouncy_balls"):
         resolve(StudyConfig("minerl"))
@@ -159,7 +164,8 @@ def test_a_whole_study_runs_once_and_reports_what_it_found(config, ran):
     assert "| - | last observed frame | " in report and "| - | one period earlier | inf" in report
 
     study.run(config, run_script=ran)
-    assert len(ran) == 8
+    pictures = ["video_plot.py", "video_make_gif.py", "video_report.py"]
+    assert ran[8:] == pictures, "made anew, of whatever is there by now"
 
 
 def bound_video(config: StudyConfig) -> str:

@@ -74,6 +74,15 @@ def test_the_same_weights_are_measured_alike_wherever_a_run_was_stopped():
 
 
 @pytest.mark.slow
+def test_a_run_that_was_trained_for_another_comparison_is_not_measured_as_this_ones():
+    compare("--updates", 2, "--out", "one/same", runs=RUNS[:1])
+    with pytest.raises(
+        ValueError, match="same/published holds a run that two/same/.* says nothing of"
+    ):
+        compare("--updates", 2, "--every", 1, "--out", "two/same", runs=RUNS[:1])
+
+
+@pytest.mark.slow
 def test_a_run_ends_after_its_time():
     compare("--updates", 50, "--every", 1, "--seconds", 1e-3, runs=RUNS[:1])
     assert [row["updates"] for row in measurements()] == ["1"]

@@ -374,6 +374,11 @@ def metrics_cache_dir(eval_dir: Path) -> Path:
     return eval_dir / "metrics_cache"
 
 
+def elbo_config_path(eval_dir: Path) -> Path:
+    """The options that the bounds of an evaluation directory depend on."""
+    return eval_dir / "elbo_config.json"
+
+
 def elbo_path(eval_dir: Path, video: int) -> Path:
     """The file of one video's variational bounds, `elbo_<video:04d>.npy`."""
     return eval_dir / "elbos" / f"elbo_{video:04d}.npy"

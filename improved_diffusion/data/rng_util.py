@@ -12,7 +12,10 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def make_generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by non-negative integers; different keys are independent streams."""
+    """A CPU generator seeded by non-negative integers, an independent stream for each key.
+
+    But for zeros at the end: (0, 1) and (0, 1, 0) are one stream.
+    """
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 

@@ -9,10 +9,12 @@ over its steps bounds that of all its latent frames.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from improved_diffusion import dist_util
 from improved_diffusion.data import paths
+from improved_diffusion.data.file_lock import file_lock
 from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import VideoTestSet
@@ -30,7 +33,7 @@ from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE
 from improved_diffusion.sampling.plan import OneClip, Task, VideoPlan, chosen_batches, own_jobs
-from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
+from improved_diffusion.sampling.results import EvalDir, check_same, read_json, truth_of, write_json
 from improved_diffusion.training.validation import stratified_timesteps
 
 logger = logging.getLogger(__name__)
@@ -107,8 +110,9 @@ class StepBound:
         total = len(self.trained_timesteps)
         if not self.stratified:
             return torch.arange(total), torch.ones(total)
-        # Noise has keys of one number more, so that these draws depend on none of it.
-        drawn, sizes = stratified_timesteps(total, make_generator(self.seed, *key))
+        trained = self.denoiser.diffusion.config.diffusion_steps
+        # The noise has the numbers of trained timesteps there: these draws depend on none of it.
+        drawn, sizes = stratified_timesteps(total, make_generator(self.seed, *key, trained))
         return torch.tensor(drawn), torch.tensor(sizes)
 
 
@@ -118,11 +122,12 @@ def video_bounds(
     frames: np.ndarray,
     video: int,
     partial: Path,
+    claimed: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> np.ndarray:
     """The bounds of all steps of one video, float64 [steps] in bits.
 
     frames: uint8 [T, 3, H, W]. Adaptive strategies choose by these true frames. What is done is
-    kept in the file `partial`, and goes on from there.
+    kept in the file `partial`, written within `claimed()`, and goes on from there.
     """
     kept = _kept(partial)
     done = [] if kept is None else list(kept)
@@ -132,7 +137,8 @@ def video_bounds(
         indices = [*step.observed, *step.latent]
         done.append(bound(frames[indices], indices, len(step.observed), (video, step.stage)))
         try:
-            _save(partial, done)
+            with claimed():
+                _save(partial, done)
         except OSError as error:  # it only saves making them again
             logger.warning("unfinished bounds are not kept: %s", error)
     return np.array(done, dtype=np.float64)
@@ -205,6 +211,7 @@ def bound_dataset(options: NllConfig) -> VideoBounds:
         task.model.network  # noqa: B018  weights that do not fit are told before anything is written
         task.plan.check(task.model.image_size)
         _check_config(task, stratified=options.stratified)
+        _check_truth(task, source, videos)
     if dist_util.is_main():
         EvalDir(task.eval_dir).clean_up()
     missing = [v for v in videos if _kept(paths.elbo_path(task.eval_dir, v)) is None]
@@ -235,8 +242,32 @@ def _chosen_videos(task: Task, source: VideoTestSet | OneClip) -> list[int]:
     return videos
 
 
-def _check_config(task: Task, *, stratified: bool) -> None:
-    """Store what the bounds depend on, or see that those already there are of the same kind.
+def _check_truth(task: Task, source: VideoTestSet | OneClip, videos: list[int]) -> None:
+    """See that bounds that are there are of the videos as they are now. Raises ValueError."""
+    eval_dir = EvalDir(task.eval_dir)
+    for video in videos[dist_util.rank() :: dist_util.world_size()]:
+        if eval_dir.truth(video) is not None and not isinstance(source, OneClip):
+            truth = truth_of(source.read(video, range(task.plan.T)))
+            eval_dir.check_truth(video, truth, task.dataset)
+
+
+@contextlib.contextmanager
+def _claimed(task: Task, video: int, frames: np.ndarray, *, stratified: bool) -> Iterator[None]:
+    """Around writing bounds of a video: what they are made from is stored or compared, alone."""
+    eval_dir = EvalDir(task.eval_dir)
+    with file_lock(paths.elbo_config_path(eval_dir.path)):
+        values = _check_config(task, stratified=stratified)
+        if values is not None:
+            write_json(paths.elbo_config_path(eval_dir.path), values)
+            if not eval_dir.model_config_path.exists():
+                write_json(eval_dir.model_config_path, task.model.config)
+        if not task.options.obs_video:  # a clip has a hash among the options
+            eval_dir.save_truth(video, truth_of(frames))
+        yield
+
+
+def _check_config(task: Task, *, stratified: bool) -> dict[str, Any] | None:
+    """See that bounds that are there are of the same kind; where there are none, what to store of these.
 
     Raises ValueError naming the first option that differs.
     """
@@ -245,15 +276,13 @@ def _check_config(task: Task, *, stratified: bool) -> None:
     decisive = (*DECISIVE, *vars(task.plan.options), *task.hashes())
     values = {name: stored[name] for name in decisive}
     values["stratified"] = stratified
-    path = eval_dir.path / "elbo_config.json"
+    path = paths.elbo_config_path(eval_dir.path)
     begun = [*eval_dir.path.glob("elbos/elbo_*.npy"), *eval_dir.path.glob("partial/elbo_*.npy")]
     if begun and path.exists():
         kept = {"stratified": False} | read_json(path)  # the first versions knew no other
         check_same(f"{eval_dir.path / 'elbos'} holds bounds", kept, values)
-        return
-    write_json(path, values)
-    if not eval_dir.model_config_path.exists():
-        write_json(eval_dir.model_config_path, task.model.config)
+        return None
+    return values
 
 
 def _bound_videos(
@@ -270,9 +299,11 @@ def _bound_videos(
     )
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
         frames = source.read(video, range(task.plan.T))
+        claimed = functools.partial(_claimed, task, video, frames, stratified=stratified)
         partial = paths.elbo_partial_path(task.eval_dir, video)
-        bits = video_bounds(bound, task.plan, frames, video, partial)
-        _save(paths.elbo_path(task.eval_dir, video), bits)
+        bits = video_bounds(bound, task.plan, frames, video, partial, claimed)
+        with claimed():
+            _save(paths.elbo_path(task.eval_dir, video), bits)
         partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others are not finished yet
             partial.parent.rmdir()

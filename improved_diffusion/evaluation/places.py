@@ -117,7 +117,8 @@ class PlaceLpips(PlaceMetric):
         return float(self._lpips().compute(frames[later], frames[earlier]).mean())
 
     def _lpips(self) -> Lpips:
-        return Lpips(Lpips.Options(self.options.lpips_weights), device=self.device)
+        own = Lpips.Options(self.options.lpips_weights, self.options.lpips_precision)
+        return Lpips(own, device=self.device)
 
 
 def returns(

@@ -26,8 +26,11 @@ def write_table(measured: Measurements) -> bool:
         name: measured.values(name, ready.settings)
         for name, ready in list(measured.metrics.items())
     }
-    if any(asked[name] is None for name in measured.metrics):
-        return False
+    for name, ready in measured.metrics.items():  # what takes long, before others have to wait
+        values = asked[name]
+        if values is None:
+            return False
+        _row(measured, name, values, ready.settings, {})
     path = measured.scored.path
     with file_lock(path):
         before = metric_tables.read_info(path).get("metrics", {})

@@ -13,7 +13,7 @@ from improved_diffusion.data.machine import code_version
 from improved_diffusion.data.step_order import OrderedStep
 from improved_diffusion.data.video_datasets import VideoTestSet
 from improved_diffusion.sampling.plan import Job, OneClip, Task
-from improved_diffusion.sampling.results import EvalDir, KeptStep, content_digest
+from improved_diffusion.sampling.results import EvalDir, KeptStep, content_digest, truth_of
 from improved_diffusion.sampling.unfinished_video import Kept, UnfinishedVideo
 
 logger = logging.getLogger(__name__)
@@ -116,14 +116,8 @@ class Keeper:
         """{"frames": n, "sha256": of the first n frames}; None for a clip of one's own."""
         if isinstance(self.source, OneClip):
             return None
-        frames = self.source.read(video)
-        return {"frames": len(frames), "sha256": content_digest(frames)}
+        return truth_of(self.source.read(video))
 
     def _check_truth(self, video: int) -> None:
-        stored = self.eval_dir.truth(video)
-        if stored is not None and stored != self._truth(video):
-            raise ValueError(
-                f"{self.eval_dir.path} holds samples of another video {video} than the one that "
-                f"{self.task.dataset} has now: choose another folder with --eval_dir, or restore the "
-                "data set"
-            )
+        if self.eval_dir.truth(video) is not None:
+            self.eval_dir.check_truth(video, self._truth(video), self.task.dataset)

@@ -101,6 +101,8 @@ class SampleConfig:
         check_choices(self)
         fill_options(self)
         check_positive(self, "step_size", "num_samples", "batch_size", "T", "max_frames")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must not be negative")
         if self.subset_size is not None and self.indices is not None:
             raise ValueError("--subset_size and --indices exclude each other: choose one")
         if self.obs_video and (self.indices is not None or self.subset_size is not None):
@@ -163,10 +165,10 @@ class SampleConfig:
         return name + eta + respacing + spacing
 
     def guidance_suffix(self, reference: str = "") -> str:
-        """What guidance adds to it. reference: the identity of the weights of `reference_checkpoint`."""
+        """What guidance adds to it. reference: what a FILE is called there."""
         if not self.is_guided:
             return ""
-        parts = f"{self.guidance:g}", reference[:8] or self.guidance_against
+        parts = f"{self.guidance:g}", reference or self.guidance_against
         return "_g" + "-".join([*parts, *(f"{level:g}" for level in self.guidance_interval or ())])
 
 

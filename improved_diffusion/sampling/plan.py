@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import DataConfig, from_options
+from improved_diffusion.config import DataConfig, chosen_options, from_options
 from improved_diffusion.data import machine, paths
 from improved_diffusion.data.dataset_specs import FrameRate
 from improved_diffusion.data.frame_batch import SymmetricView
@@ -129,7 +129,8 @@ class VideoPlan:
     @property
     def embedding(self) -> str | None:
         """The name of the embedding that the strategy asks for."""
-        return STRATEGIES[self.mode].embedding(self.options)
+        own = chosen_options(STRATEGIES, self.mode, self.options)
+        return STRATEGIES[self.mode].embedding(own)
 
     def check(self, image_size: int) -> None:
         """See that nothing in the plan can fail once videos are sampled.
@@ -273,6 +274,7 @@ class Task:
                 "sampler": options.sampler_name,
                 # A file may be moved: its weights are what counts.
                 "guidance_against": self.reference_identity or options.guidance_against,
+                "guidance_file": options.guidance_against if self.reference else "",
                 "guidance_interval": list(options.guidance_interval or ()),
                 "observed_frames": plan.observed_from_data,
             }
@@ -304,7 +306,7 @@ def evaluation_dir(
     if options.eval_dir is not None:
         base = Path(options.eval_dir)
     else:
-        suffix = options.sampler_suffix + options.guidance_suffix(reference)
+        suffix = options.sampler_suffix + options.guidance_suffix(reference[:8])
         base = paths.results_dir(options.checkpoint_path, step, suffix)
     prefix = "trainset_" if options.dataset_partition == "train" else ""
     if options.override_dataset:

@@ -120,6 +120,8 @@ def sample_command(eval_dir: EvalDir) -> str | None:
     groups = (SampleConfig, getattr(STRATEGIES.get(stored["inference_mode"]), "Options", None))
     for item in (item for group in groups if group for item in fields(group)):
         value = stored.get(item.name)
+        if item.name == "guidance_against":  # of a FILE its weights are stored there
+            value = stored.get("guidance_file") or value
         if item.metadata.get("positional") or value in (None, "", [], item.default):
             continue
         if item.name == "sampler" and value == "ddpm":

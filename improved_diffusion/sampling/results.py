@@ -20,7 +20,7 @@ from improved_diffusion.data.file_lock import file_lock
 logger = logging.getLogger(__name__)
 
 # Written beside the samples, but two runs may differ in it and still make the same videos.
-NOT_A_VALUE = {"checkpoint_path"}
+NOT_A_VALUE = {"checkpoint_path", "guidance_file"}  # files, whose weights are what counts
 FOLDERS = "samples records truth partial elbos metrics_cache optimal_schedule".split()
 # Options that came later, with what all folders were made with before.
 EARLIER = {"spacing": "time", "guidance": 1.0}
@@ -80,6 +80,11 @@ def content_digest(frames: np.ndarray) -> str:
     digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
     digest.update(np.ascontiguousarray(frames).data)
     return digest.hexdigest()
+
+
+def truth_of(frames: np.ndarray) -> dict[str, Any]:
+    """What `EvalDir.save_truth` keeps of a video's frames."""
+    return {"frames": len(frames), "sha256": content_digest(frames)}
 
 
 def check_same(
@@ -147,10 +152,18 @@ class EvalDir:
     def check_config(self, now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         """See that what is sampled here already was made with the options `now`.
 
-        ignored: options that play no part. Raises ValueError naming the first that differs.
+        ignored: options that play no part. Raises ValueError naming the first that differs, and where
+        nothing says what the samples were made with.
         """
-        if self.is_begun() and (before := self.sample_config()):
-            check_same(f"{self.path} holds samples", EARLIER | before, now, ignored)
+        if not self.is_begun():
+            return
+        before = self.sample_config()
+        if not before:
+            raise ValueError(
+                f"{self.path} holds samples, but no {self.sample_config_path.name} that says what they were "
+                "made with: restore it, or choose another folder with --eval_dir"
+            )
+        check_same(f"{self.path} holds samples", EARLIER | before, now, ignored)
 
     def write_configs(
         self,
@@ -274,6 +287,15 @@ class EvalDir:
         """What a video's samples continue: {"frames": n, "sha256": of its first n}; None: unsaid."""
         path = paths.truth_path(self.path, video)
         return read_json(path) if path.exists() else None
+
+    def check_truth(self, video: int, truth: Mapping[str, Any] | None, dataset: str) -> None:
+        """Raise ValueError where a video's samples or bounds are said to be of another than `truth`."""
+        stored = self.truth(video)
+        if stored is not None and stored != truth:
+            raise ValueError(
+                f"{self.path} holds samples or bounds of another video {video} than the one that "
+                f"{dataset} has now: choose another folder with --eval_dir, or restore the data set"
+            )
 
     def save_truth(self, video: int, truth: Mapping[str, Any]) -> None:
         """Keep what a video's samples continue, where nothing says so yet."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from improved_diffusion.config import chosen_options
 from improved_diffusion.data import machine
 from improved_diffusion.data.frame_batch import FrameBatch, to_uint8
 from improved_diffusion.data.rng_util import make_generator
 from improved_diffusion.data.step_order import OrderedStep
-from improved_diffusion.registry import SAMPLERS
+from improved_diffusion.registry import SAMPLERS, STRATEGIES
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.plan import Job, VideoPlan
 from improved_diffusion.sampling.trained_model import TrainedModel
@@ -183,10 +184,12 @@ def sample_video(
     spacing: str = "logsnr",
     steps: int = 10,
     seed: int = 0,
+    strategy_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Continue uint8 [n, H, W, 3] to uint8 [T, H, W, 3]; ValueError for what does not fit.
 
     model: of `script_util.load_model`. Defaults: max_frames as trained, step_size half of it.
+    strategy_options: the strategy's own, as {"distance": "l2"}.
     """
     size = model.image_size
     if observed_frames.dtype != np.uint8 or observed_frames.shape[1:] != (size, size, 3):
@@ -195,9 +198,9 @@ def sample_video(
     if (max_frames := max_frames or model.max_frames) is None:
         raise ValueError("the checkpoint does not say its max_frames: give max_frames")
     num_observed = len(observed_frames)
-    plan = VideoPlan(
-        strategy, T, num_observed, max_frames, step_size or max_frames // 2, device=model.device
-    )
+    step_size = step_size or max_frames // 2
+    own = chosen_options(STRATEGIES, strategy, strategy_options)
+    plan = VideoPlan(strategy, T, num_observed, max_frames, step_size, own, device=model.device)
     if plan.strategy().is_goal_directed:
         raise ValueError(f"{strategy} observes the end too: use scripts/video_sample.py")
     video = UnfinishedVideo(Job(0, 0), plan, observed_frames.transpose(0, 3, 1, 2))

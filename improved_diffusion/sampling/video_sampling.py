@@ -50,14 +50,13 @@ def sample_dataset(options: SampleConfig) -> EvalDir:
         return eval_dir
     source = task.source()
     batches = chosen_batches(options, len(source))
+    eval_dir.check_config(task.stored(), task.ignored())
     if options.status:
         print_status(task, eval_dir, batches)
         return eval_dir
     wanted = own_jobs(batches)
     if not wanted:
         return eval_dir
-    stored, ignored = task.stored(), task.ignored()
-    eval_dir.check_config(stored, ignored)
     # All ranks share out one list: by the time the last one looks, the first may have saved a video.
     jobs = dist_util.broadcast_object(_unfinished(task, eval_dir, wanted))
     _check_lengths(strategy, source, sorted({job.video for job in wanted}), task.plan.T)

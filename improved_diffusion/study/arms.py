@@ -61,10 +61,13 @@ def _file(preset: str) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The options that a file of a study holds."""
     values = read_json(file)
-    known = {item.name for item in dataclasses.fields(StudyConfig)} - {"preset"}
+    known = {item.name for item in dataclasses.fields(StudyConfig) if item.default in LEFT_OPEN}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{file}: {unknown[0]} is no option of a study: see --help")
+        raise ValueError(
+            f"{file}: {unknown[0]} is nothing that the file of a study says: see --help, and give "
+            "options of metrics and --seed on the command line"
+        )
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 

@@ -15,7 +15,7 @@ from improved_diffusion.evaluation.metric_tables import mean_and_error
 from improved_diffusion.evaluation.metrics import FrameMetric
 from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.options import SampleConfig
-from improved_diffusion.sampling.plan import Task
+from improved_diffusion.sampling.plan import Task, chosen_batches
 from improved_diffusion.sampling.results import load_video
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.markdown import markdown_table
@@ -75,7 +75,8 @@ def _scores(options: SampleConfig, metrics: dict[str, FrameMetric]) -> list[np.n
     sampled = [frame for frame in range(task.plan.T) if frame not in observed]
     source = task.source()
     rows = []
-    for video in eval_dir.samples():
+    jobs = [job for batch in chosen_batches(task.options, len(source)) for job in batch]
+    for video in sorted({job.video for job in jobs}):  # others may be there, of other commands
         truth = source.read(video, sampled)
         first, second = (
             load_video(paths.sample_path(eval_dir.path, video, sample))[sampled]

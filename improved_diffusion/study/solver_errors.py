@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,20 +36,28 @@ def solver_errors(sampling: SampleConfig, config: SolverConfig) -> str:
     frames' pixels, in grey levels of 255. Raises ValueError or FileNotFoundError for a user's mistake.
     """
     task = Task.resolve(sampling)
-    batch, noise = first_step(task)
-    exact = solution(task, batch, noise, (REFERENCE, "time", config.reference_calls))
+    step = first_step(task)
+    exact = solution(task, step, (REFERENCE, "time", config.reference_calls))
     rows = []
     for sampler in config.samplers:
         for spacing in config.spacings:
             ways = [(sampler, spacing, calls) for calls in config.calls]
-            errors = [rms(solution(task, batch, noise, way) - exact) for way in ways]
+            errors = [rms(solution(task, step, way) - exact) for way in ways]
             rows.append([sampler, spacing, *(f"{GREY_LEVELS * e:.2f}" for e in errors)])
             logger.info(" ".join(rows[-1]))
     return markdown_table(["sampler", "spacing", *map(str, config.calls)], rows)
 
 
-def first_step(task: Task) -> tuple[FrameBatch, Tensor]:
-    """The first inference step of the first batch of videos, and its noise as sampling draws it.
+class FirstStep(NamedTuple):
+    """The first inference step of some videos: its frames, what names each trajectory, and its noise."""
+
+    batch: FrameBatch
+    names: list[tuple[int, ...]]
+    noise: Tensor
+
+
+def first_step(task: Task) -> FirstStep:
+    """That of the first batch of videos, named and with noise as sampling has them.
 
     Raises ValueError for a strategy that chooses frames by what they look like.
     """
@@ -61,17 +70,20 @@ def first_step(task: Task) -> tuple[FrameBatch, Tensor]:
     indices = [*observed, *latent]
     frames = np.stack([source.read(job.video, indices) for job in jobs])
     batch = FrameBatch.from_uint8(frames, np.array([indices]), len(observed), task.model.device)
-    generators = [make_generator(task.options.seed, *job, 0) for job in jobs]
-    return batch, randn(batch.frames.shape, generators, batch.device)
+    names: list[tuple[int, ...]] = [(task.options.seed, *job, 0) for job in jobs]
+    generators = [make_generator(*name) for name in names]
+    return FirstStep(batch, names, randn(batch.frames.shape, generators, batch.device))
 
 
 @torch.inference_mode()
-def solution(task: Task, batch: FrameBatch, noise: Tensor, way: tuple[str, str, int]) -> Tensor:
+def solution(task: Task, step: FirstStep, way: tuple[str, str, int]) -> Tensor:
     """The latent frames, flat. way: sampler, spacing, and the most network calls it may make."""
+    batch, names, noise = step
     sampler, spacing, calls = way
     timesteps = max(n for n in range(1, calls + 1) if network_calls(sampler, n) <= calls)
     options = dataclasses.replace(task.options, timestep_respacing=str(timesteps), spacing=spacing)
     denoiser = dataclasses.replace(task, options=options).denoiser()
+    denoiser = denoiser.for_trajectories(batch, names)
     with denoiser.autocast():
         frames = SAMPLERS[sampler](denoiser, batch, noise=noise)
     return frames[batch.latent_mask.expand_as(frames) > 0]

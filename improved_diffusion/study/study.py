@@ -47,6 +47,7 @@ class Command:
     script: str
     words: tuple[str, ...]
     result: Path
+    shows: bool = False  # what the others made, whatever that is by now: run anew each time
 
     @property
     def line(self) -> str:
@@ -141,10 +142,11 @@ def _metric_words(config: StudyConfig) -> tuple[str, ...]:
 def _picture_commands(config: StudyConfig, chosen: Sequence[Arm]) -> Iterator[Command]:
     shared = ("--eval_dir", *(str(eval_dir(config, arm)) for arm in chosen), "--out")
     picture, grid, page = (Path(config.out) / name for name in PICTURES)
-    yield Command("plot", "video_plot.py", (*shared, str(picture)), picture)
+    yield Command("plot", "video_plot.py", (*shared, str(picture)), picture, shows=True)
     words = (*shared, str(grid), "--grid", "--add_gt", *GIF_OPTIONS)
-    yield Command("gif", "video_make_gif.py", words, grid)
-    yield Command("report", "video_report.py", (*shared, str(page), *REPORT_OPTIONS), page)
+    yield Command("gif", "video_make_gif.py", words, grid, shows=True)
+    words = (*shared, str(page), *REPORT_OPTIONS)
+    yield Command("report", "video_report.py", words, page, shows=True)
 
 
 # ---------------------------------------------------------------- running them
@@ -165,7 +167,8 @@ def chosen_commands(config: StudyConfig, only: Sequence[str]) -> list[Command]:
 def run(config: StudyConfig, only: Sequence[str] = (), *, run_script: RunScript) -> None:
     """Run the chosen commands that are not done.
 
-    One is done if it ended well with the same options, and its result is there. Raises ValueError
+    One is done if it ended well with the same options, and its result is there; pictures of results
+    are made anew. Raises ValueError
     or FileNotFoundError for a user's mistake (results of another checkpoint or of more videos in
     `out` among them) and where a command fails.
     """
@@ -186,7 +189,7 @@ def run(config: StudyConfig, only: Sequence[str] = (), *, run_script: RunScript)
     for command in chosen:
         record = _record(config, command.name)
         finished = record.get("finished") and command.result.exists()
-        if finished and record["command"] == command.line:
+        if finished and record["command"] == command.line and not command.shows:
             logger.info("%s is done", command.name)
             continue
         if not finished and record.get("finished", True):  # never begun, or its result is gone

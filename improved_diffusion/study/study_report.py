@@ -59,9 +59,10 @@ def write_report(config: StudyConfig) -> Path:
 
 
 def _said_of_all(config: StudyConfig) -> str:
+    samples = "one sample" if config.num_samples == 1 else f"{config.num_samples} samples"
     return (
         f"{config.num_videos} test videos of {config.T} frames, the first {config.obs_length} "
-        f"observed, {config.num_samples} samples of each; {config.max_frames} frames in one network "
+        f"observed, {samples} of each; {config.max_frames} frames in one network "
         f"call, {config.step_size} of them sampled; {config.sampler} with {config.timesteps} "
         f"timesteps, {config.spacing}. Mean ± standard error over videos; of distances, [95 % "
         "interval]; in round brackets the difference from the first strategy, paired over videos, "

@@ -163,17 +163,39 @@ def _train_and_measure(config: ComparisonConfig, recipe: Recipe) -> list[dict[st
     if differing:
         raise ValueError(f"{path}: made with other {differing[0]}: give another --out")
     rows = kept["rows"]
+    _claim(path, recipe, kept)
     while not rows or (
         rows[-1]["updates"] < config.updates and not 0 < config.seconds <= rows[-1]["seconds"]
     ):
         done = rows[-1] if rows else {"updates": 0, "seconds": 0.0}
         limit = min(int(done["updates"]) + config.every, config.updates)
         seconds = _train_until(recipe, limit)
-        row = {"updates": limit, "seconds": done["seconds"] + seconds, **_measure(config, recipe)}
+        row = {
+            "updates": limit,
+            "seconds": done["seconds"] + seconds,
+            **_measure(config, recipe, limit),
+        }
         rows.append(row)
         write_json(path, {"rows": rows, **made_with})
         logger.info("%s", format_table({recipe.name: rows}))
     return rows
+
+
+def _claim(path: Path, recipe: Recipe, kept: dict[str, Any]) -> None:
+    """Say in `path` that the run's folder is this comparison's, before the first update.
+
+    Raises ValueError where there is a run already, of which nothing was measured here: it may be at
+    any update.
+    """
+    if path.exists():
+        return
+    folder = Path(paths.run_dir(recipe.train.resume_id))
+    if folder.exists():
+        raise ValueError(
+            f"{folder} holds a run that {path} says nothing of: remove it, or give an --out whose last "
+            "part no other comparison has"
+        )
+    write_json(path, kept)
 
 
 def _measured_with(config: ComparisonConfig) -> dict[str, Any]:
@@ -213,10 +235,15 @@ def checkpoint_path(config: ComparisonConfig, recipe: Recipe) -> str:
     return paths.checkpoint_path(paths.run_dir(recipe.train.resume_id), kind, None)
 
 
-def _measure(config: ComparisonConfig, recipe: Recipe) -> dict[str, float]:
-    """What `held_out_errors` finds of a run's newest checkpoint."""
+def _measure(config: ComparisonConfig, recipe: Recipe, limit: int) -> dict[str, float]:
+    """What `held_out_errors` finds of a run's newest checkpoint, of no more updates than `limit`."""
     device = default_device(config.device)
     model = TrainedModel.load(checkpoint_path(config, recipe), device)
+    if model.step > limit:
+        raise ValueError(
+            f"{checkpoint_path(config, recipe)} has made {model.step} updates, not {limit}: remove its "
+            "folder and the file of its measurements, and start again"
+        )
     return held_out_errors(
         model.denoiser(), recipe, config.queries, seed=config.seed, device=device
     )
