@@ -14,7 +14,7 @@ NOT_FOR_COMPARING = "sample_idx guidance guidance_against status just_visualise"
 
 EPILOG = """\
 examples:
-  python scripts/video_compare_guidance.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
+  python scripts/video_compare_guidance.py checkpoints/pretrained/bouncy_balls/ema_0.99_latest.pt \\
     --inference_mode autoreg --T 18 --obs_length 10 --step_size 4 --subset_size 4 --num_samples 2 \\
     --sampler unipc --timestep_respacing 10 --spacing logsnr
   python scripts/video_compare_guidance.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 \\

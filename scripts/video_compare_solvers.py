@@ -18,7 +18,7 @@ NOT_FOR_COMPARING = (
 
 EPILOG = """\
 examples:
-  python scripts/video_compare_solvers.py checkpoints/pretrained/bouncy_balls/ema_0.999_latest.pt \\
+  python scripts/video_compare_solvers.py checkpoints/pretrained/bouncy_balls/ema_0.99_latest.pt \\
     --inference_mode autoreg --obs_length 4 --step_size 4 --subset_size 2
   python scripts/video_compare_solvers.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg \\
     --step_size 10 --subset_size 2 --reference_calls 200

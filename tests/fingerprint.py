@@ -144,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, args.out.open("w") as out:
         chain = Chain(checkout, Path(folder))
         shutil.copytree(checkout / "checkpoints" / "pretrained", Path(folder) / "pretrained")
-        network = "pretrained/bouncy_balls/ema_0.999_latest.pt"
+        network = "pretrained/bouncy_balls/ema_0.99_latest.pt"
         for lines in (
             sampling_lines(chain, network),
             bound_lines(chain, network),

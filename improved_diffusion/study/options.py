@@ -57,7 +57,7 @@ class DemoConfig:
         "", "network for bouncy_balls to compare with (default: as for mazes)"
     )
     num_videos: int = option(8, "test videos of bouncy_balls to sample")
-    T: int = option(20, "length of these videos")
+    T: int = option(16, "length of these videos")
     obs_length: int = option(8, "frames observed at their start")
     timesteps: int = option(10, "timesteps of sampling them")
     queries: int = option(12, "held-out inference steps to measure errors on")
