@@ -440,6 +440,10 @@ def test_a_search_goes_on_with_its_own_options_alone(checkpoint):
             search(checkpoint, changes)
     with pytest.raises(ValueError, match="made with seed 0, not 3"):
         search(checkpoint, seed=3)
+    for video in Path("data/train").iterdir():
+        np.save(video, 255 - np.load(video))
+    with pytest.raises(ValueError, match="made with videos_sha256"):
+        search(checkpoint)
 
 
 @pytest.mark.parametrize("fault", ["missing", "future", "too many"])

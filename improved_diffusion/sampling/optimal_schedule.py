@@ -25,7 +25,13 @@ from improved_diffusion.losses import masked_mean
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE, SampleConfig, ScheduleConfig
 from improved_diffusion.sampling.plan import Task, evaluation_dir
-from improved_diffusion.sampling.results import EvalDir, check_same, read_json, write_json
+from improved_diffusion.sampling.results import (
+    EvalDir,
+    check_same,
+    content_digest,
+    read_json,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +160,7 @@ def find_schedule(options: SampleConfig, search: ScheduleConfig) -> Path:
         logger.info("nothing to do: there is no step SLURM_ARRAY_TASK_ID=%d to search", array_task)
     EvalDir(eval_dir).clean_up()
     error = _denoising_error(task, search)
-    _record(task, search, eval_dir)
+    _record(task, search, error.videos, eval_dir)
     for step in plan if array_task is None else set(plan) & {array_task}:
         candidates, latent = plan[step]
         path = paths.schedule_step_path(eval_dir, step)
@@ -185,12 +191,13 @@ def _searchable(task: Task) -> tuple[dict[int, tuple[list[int], list[int]]], int
     return plan, places
 
 
-def _record(task: Task, search: ScheduleConfig, eval_dir: Path) -> None:
+def _record(task: Task, search: ScheduleConfig, videos: np.ndarray, eval_dir: Path) -> None:
     """Keep the options of the search beside what it finds, or see that they are the same.
 
     Raises ValueError naming the first that differs.
     """
     now = vars(search) | task.hashes() | {"seed": task.options.seed, "dataset": task.dataset}
+    now["videos_sha256"] = content_digest(videos)
     path = paths.schedule_search_path(eval_dir)
     if any(path.parent.glob("step_*.json")):
         before = read_json(path) if path.exists() else {}
