@@ -338,7 +338,8 @@ class TrainLoop:
                 frames = validation.draw_sample(denoiser, self._item(self.data, index), generator)
                 video_io.write_video(path, frames)
                 files.append(path)
-        self.log.videos(files, self.step)
+        if not paths.is_remote(self.run.folder):  # wandb reads local files alone
+            self.log.videos(files, self.step)
 
     def _item(self, data: TrainDataset, index: int) -> FrameBatch:
         """One item, always the same, as a batch on the device."""

@@ -53,6 +53,17 @@ def run_script(name, *argv):
     return caught.value.code
 
 
+def test_an_unfinished_conversion_takes_no_videos_of_another_release(tmp_path, videos):
+    first = write_release(tmp_path / "first", videos)
+    (first / "test/clip_9.mp4").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="clip_9"):
+        convert_release("mazes_cwvae", first)
+    with pytest.raises(ValueError, match="holds videos of .*first, not of .*second: go on"):
+        convert_release("mazes_cwvae", write_release(tmp_path / "second", videos[:2]))
+    write_release(first, videos)
+    assert (convert_release("mazes_cwvae", first) / "test/2.npy").exists()
+
+
 @pytest.mark.parametrize("script, name", [("mazes.py", "mazes_cwvae"), ("minerl.py", "minerl")])
 def test_a_folder_of_mp4_files_becomes_the_data_set(tmp_path, videos, script, name):
     source = write_release(tmp_path / "release", videos)

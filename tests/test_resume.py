@@ -56,6 +56,47 @@ def test_a_run_never_starts_at_0_over_files_of_a_run(videos, kept):
     assert before == ((folder / kept).read_bytes(), (folder / "progress.csv").read_text())
 
 
+def test_a_set_that_is_written_again_and_cut_off_takes_no_optimiser_of_the_one_before(
+    tmp_path, monkeypatch
+):
+    def save(step, value):
+        weights = {"w": torch.full((4,), value)}
+        checkpoints.save_run(str(tmp_path), step, weights, {"0.9": weights}, {"of": value}, {})
+
+    save(100, 1.0), save(200, 2.0)
+    truncate(tmp_path / "ema_0.9_000200.pt")
+    assert checkpoints.load_newest(str(tmp_path)).step == 100
+    write, written = checkpoints._write, []
+
+    def full_disk(path, content):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "_write", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(200, 7.0)
+    state = checkpoints.load_newest(str(tmp_path))
+    assert (state.step, state.opt_state["of"], float(state.model_state["w"][0])) == (100, 1.0, 1.0)
+
+
+def test_a_file_that_could_not_be_read_for_want_of_memory_is_not_passed_over(tmp_path, monkeypatch):
+    weights = {"w": torch.ones(4)}
+    for step in (100, 200):
+        checkpoints.save_run(str(tmp_path), step, weights, {}, {}, {})
+    load = checkpoints._load
+
+    def no_memory(path, **options):
+        if "100" not in path:
+            raise MemoryError
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoints, "_load", no_memory)
+    with pytest.raises(MemoryError):
+        checkpoints.load_newest(str(tmp_path))
+
+
 def test_a_first_save_that_was_killed_starts_at_0(videos, monkeypatch):
     class Killed(BaseException):
         pass

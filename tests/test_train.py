@@ -198,6 +198,16 @@ def test_resume_checkpoint_starts_a_new_run_from_the_weights(videos):
     assert all(equal(ema, weights) for ema in loop.train_step.emas.values())
 
 
+def test_weights_that_mean_something_else_start_no_run(videos, caplog):
+    caplog.set_level("INFO")
+    make_loop(videos, resume_id="old", max_steps=1).run_loop()
+    path = "checkpoints/old/model_000001.pt"
+    with pytest.raises(ValueError, match=f"--num_heads 1 differs from the network in {path}: give"):
+        make_loop(videos, {"num_heads": 1}, resume_checkpoint=path)
+    make_loop(videos, {"dropout": 0.25}, resume_checkpoint=path)
+    assert f"--dropout is 0.25, in {path} it was 0" in caplog.text
+
+
 def test_files_that_a_killed_save_left_are_removed_on_resuming(videos):
     make_loop(videos, resume_id="run", max_steps=1).run_loop()
     folder = Path("checkpoints/run")

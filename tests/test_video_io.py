@@ -1,8 +1,11 @@
 import os
+import subprocess
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from improved_diffusion.bouncy_balls import render, simulate
 from improved_diffusion.data import video_io
@@ -225,6 +228,36 @@ def test_an_mp4_whose_header_is_whole_but_frames_are_missing_is_refused(tmp_path
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(ValueError, match=r"0\.mp4: broken .mp4 file \(truncated: \d+ of 40 frames"):
         read_video(path)
+
+
+def ffmpeg(*words) -> None:
+    """Do what users do with their clips."""
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([program, "-v", "error", "-y", *map(str, words)], check=True)
+
+
+def test_a_clip_that_was_cut_or_copied_without_encoding_it_again_is_whole(tmp_path, video):
+    source = tmp_path / "0.mp4"
+    write_video(source, np.concatenate([video] * 3), fps=25)
+    whole = read_video(source)
+    cut, copied = tmp_path / "cut.mp4", tmp_path / "copied.avi"
+    ffmpeg("-ss", "0.6", "-i", source, "-c", "copy", cut)
+    ffmpeg("-i", source, "-c", "copy", copied)
+    found = read_video(cut)  # which begins at a key frame before, that players do not show
+    start = len(whole) - len(found)
+    assert abs(start - 15) <= 1
+    np.testing.assert_array_equal(found, whole[start:])
+    np.testing.assert_array_equal(read_video(cut, [7, 2]), whole[[start + 7, start + 2]])
+    assert len(read_video(copied)) == len(whole) and open_video(copied).fps == pytest.approx(25)
+
+
+def test_a_webm_whose_last_frame_stays_long_is_whole(tmp_path, video):
+    source, made = tmp_path / "0.gif", tmp_path / "0.webm"
+    images = [Image.fromarray(frame) for frame in video]
+    durations = [50] * (len(video) - 1) + [2000]
+    images[0].save(source, save_all=True, append_images=images[1:], duration=durations)
+    ffmpeg("-i", source, "-pix_fmt", "yuv420p", made)
+    assert len(read_video(made)) == len(video)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

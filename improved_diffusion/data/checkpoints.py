@@ -108,6 +108,8 @@ def _read(path: str, *, in_file: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise type(error)(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises many types for bytes that are no checkpoint
+        if _is_no_damage(error):
+            raise
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
             f"{path}: truncated, or not a checkpoint ({reason}): copy it again"
@@ -117,6 +119,12 @@ def _read(path: str, *, in_file: bool = False) -> dict[str, Any]:
             f"{path}: not a checkpoint of this project (holds a {type(content).__name__})"
         )
     return content
+
+
+def _is_no_damage(error: Exception) -> bool:
+    """Whether a file could not be read for want of memory or of its store's answer."""
+    store = type(error).__module__.partition(".")[0] == "blobfile"
+    return store or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _load(path: str, *, in_file: bool) -> Any:
@@ -302,6 +310,8 @@ def save_run(
     contents["opt"] = {**opt_state, "step": step}
     with _marked(folder, step, PASSING if latest_only else KEPT):
         try:
+            # An optimiser that a set of this step has left would make whole what is cut off here.
+            _remove_set(folder, step)
             for kind, content in contents.items():
                 _write(paths.checkpoint_path(folder, kind, step), content)
         except OSError:

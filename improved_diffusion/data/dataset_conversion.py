@@ -35,6 +35,9 @@ class Release(NamedTuple):
     videos: Iterator[tuple[str, Callable[[], np.ndarray]]]
 
 
+SOURCE_FILE = "source.txt"  # beside train/ and test/: where the videos come from
+
+
 def convert_release(name: str, source: Path) -> Path:
     """Write the data set `name` from a release in the folder `source`.
 
@@ -55,12 +58,27 @@ def convert_release(name: str, source: Path) -> Path:
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give the release's folder as --source")
     unfinished = spec.root.with_name(f"{spec.root.name}.partial")
+    _claim(unfinished, source)
     read_release = _tfds_videos if (source / "dataset_info.json").is_file() else _file_videos
     for partition in PARTITIONS:
         release = read_release(source, partition)
         _write_partition(release, unfinished / partition, spec.T, spec.image_size)
     os.rename(unfinished, spec.root)
     return spec.root
+
+
+def _claim(unfinished: Path, source: Path) -> None:
+    """Say what the videos in the unfinished folder come from. Raises ValueError if from elsewhere."""
+    said, now = unfinished / SOURCE_FILE, str(source.resolve())
+    before = said.read_text() if said.exists() else None
+    if before != now and any(unfinished.rglob("*.npy")):
+        raise ValueError(
+            f"{unfinished} holds videos of {before or 'another release'}, not of {now}: go on with that "
+            "--source, or remove the folder"
+        )
+    if before != now:
+        with atomic_write(said) as file:
+            file.write(now.encode())
 
 
 def _write_partition(release: Release, folder: Path, T: int, size: int) -> None:

@@ -80,7 +80,7 @@ class FrameRate:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
+        if self.stride < 1 or (self.fps is not None and not 0 < self.fps < math.inf):
             raise ValueError("--frame_stride must be at least 1, --fps above 0")
         if self.stride > 1 and self.fps is not None:
             raise ValueError("--frame_stride and --fps exclude each other: choose one")

@@ -266,12 +266,15 @@ def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
     with _av_stream(path) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size > 0]
         _refuse_truncated(path, stream, packets)
-        shape = (len(packets), *_upright_size(container, stream))
+        shown = [p for p in packets if not p.is_discard]  # a cut file begins with some that are not
+        shape = (len(shown), *_upright_size(container, stream))
         fps = float(stream.average_rate) if stream.average_rate else None
         counted = container.format.name == "avi"  # holds decoding timestamps alone
+        if counted and fps:
+            fps /= _ticks_per_frame(stream, packets)
     times = sorted(p.pts for p in packets if p.pts is not None)
     numbers = {time: number for number, time in enumerate(times)}
-    if counted or len(numbers) < len(packets):
+    if counted or len(shown) < len(packets) or len(numbers) < len(packets):
         return _StreamIndex(shape, fps, {}, [], [])
     keys = sorted((numbers[p.pts], p.dts) for p in packets if p.is_keyframe and p.dts is not None)
     key_frames, key_times = [number for number, _ in keys], [dts for _, dts in keys]
@@ -280,15 +283,26 @@ def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
 
 def _refuse_truncated(path: Path, stream: Any, packets: list[Any]) -> None:
     """Compare with the number of frames that the header declares, or (.webm) with the duration."""
-    if len(packets) < stream.frames:
+    if len(packets) * _ticks_per_frame(stream, packets) < stream.frames - 0.5:
         raise _broken(path, f"truncated: {len(packets)} of {stream.frames} frames are there")
     duration = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if duration is None or not packets or not stream.average_rate:
         return
     declared = 3600 * int(duration[1]) + 60 * int(duration[2]) + float(duration[3])
-    end = max(p.pts or 0 for p in packets) * stream.time_base + 1 / stream.average_rate
+    frame = 1 / stream.average_rate
+    end = max((p.pts or 0) + (p.duration or frame / stream.time_base) for p in packets)
+    end *= stream.time_base
     if end < declared - 2 / stream.average_rate:
         raise _broken(path, f"truncated: {float(end):.1f} of {declared:.1f} seconds are there")
+
+
+def _ticks_per_frame(stream: Any, packets: list[Any]) -> float:
+    """Of the header's clock: 1, but for .avi files that were copied from others with a finer one."""
+    times = sorted(p.dts for p in packets if p.dts is not None)
+    if not stream.average_rate or len(times) < 2:
+        return 1.0
+    apart = np.median(np.diff(times)) * float(stream.time_base * stream.average_rate)
+    return max(1.0, float(apart))
 
 
 def _read_av(path: Path, index: _StreamIndex, indices: Sequence[int]) -> np.ndarray:

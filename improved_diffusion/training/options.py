@@ -104,6 +104,12 @@ class TrainConfig:
         for name in (*not_negative, "sample_interval", "valid_interval", "keep_checkpoints"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed}: must be from 0 to 2^63 - 1")
+        if self.keep_checkpoints and self.save_latest_only:
+            raise ValueError(
+                "--keep_checkpoints and --save_latest_only exclude each other: choose one"
+            )
         if not 0 <= self.resample_observed <= 1:
             raise ValueError(f"--resample_observed {self.resample_observed}: must be from 0 to 1")
         if self.use_fp16 and self.precision != "fp32":
@@ -141,5 +147,7 @@ class LaunchConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.collective_timeout > 0:
-            raise ValueError(f"--collective_timeout {self.collective_timeout}: must be above 0")
+        if not 0 < self.collective_timeout <= 10_000:
+            raise ValueError(
+                f"--collective_timeout {self.collective_timeout}: must be above 0, at most 10000"
+            )

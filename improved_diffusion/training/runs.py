@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ID_LETTERS = string.ascii_lowercase + string.digits
+# What weights of the same shapes may differ in, and would be misread by.
+WEIGHTS_MEAN = "network num_heads num_heads_upsample use_scale_shift_norm prediction".split()
 IDENTITY = ("resume_id", "resume_checkpoint")  # options that say which run, not what it computes
 OPTIMISER_KEYS = ("optimizer", "schedule_sampler", "position", "loss_scale_log2")
 
@@ -101,7 +103,9 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     folder = paths.run_dir(run_id)
     weights = None
     if config.resume_checkpoint:
-        weights = checkpoints.load_weights(config.resume_checkpoint).state_dict
+        found = checkpoints.load_weights(config.resume_checkpoint)
+        _check_meaning(found.config, stored_config, config.resume_checkpoint)
+        weights = found.state_dict
     _make_folder(folder)
     lock = run_lock.hold(folder)
     signals.before_leaving(run_lock.release_all)
@@ -149,6 +153,21 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any], folder: str) 
                 f"give --{key} {old[key]}"
             )
         logger.info("--%s was %s before, is %s now", key, old[key], new[key])
+
+
+def _check_meaning(old: Mapping[str, Any], new: Mapping[str, Any], file: str) -> None:
+    """Refuse weights that would compute something else here; tell of another process.
+
+    Shapes that do not fit are told when the weights are loaded.
+    """
+    known = defaults(ModelConfig, DiffusionConfig)
+    old, new = (_with_prediction(known | dict(options)) for options in (old, new))
+    for key in (key for key in known if old[key] != new[key]):
+        if key in WEIGHTS_MEAN:
+            raise ValueError(
+                f"--{key} {new[key]} differs from the network in {file}: give --{key} {old[key]}"
+            )
+        logger.info("--%s is %s, in %s it was %s", key, new[key], file, old[key])
 
 
 def _with_prediction(options: dict[str, Any]) -> dict[str, Any]:
