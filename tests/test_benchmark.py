@@ -94,6 +94,16 @@ def test_the_benchmark_times_the_update_of_the_training_loop(monkeypatch):
     assert train_util.TrainStep is train_step.TrainStep
 
 
+def test_a_rate_is_compared_with_that_of_convolutions_before_and_after(monkeypatch):
+    limits = iter([(10.0, 100.0), (30.0, 500.0)])
+    monkeypatch.setattr(speed, "limits", lambda *_: next(limits))
+    monkeypatch.setattr(speed, "timed", lambda *_: [1.0, 2.0, 6.0])
+    workload = Workload("tiny", TINY, "fp32", CPU, BenchmarkConfig())
+    row = benchmark_cases._measure(workload, "nothing", lambda: None, 8.0)
+    assert (row.conv_limit, row.gemm_limit) == (20.0, 300.0)
+    assert (row.gflops, row.ratio) == (4.0, 0.2)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_call_the_network_as_often_as_the_scaling_says(sampler):
     workload = Workload("tiny", TINY, "fp32", CPU, BenchmarkConfig())

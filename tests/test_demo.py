@@ -2,11 +2,13 @@
 
 import functools
 
+import numpy as np
 import pytest
 
 from helpers import ROOT, call_main, make_checkpoint
 from improved_diffusion import bouncy_balls
-from improved_diffusion.data import ray_mazes
+from improved_diffusion.data import paths, ray_mazes
+from improved_diffusion.data.video_datasets import get_test_dataset
 from improved_diffusion.study import demo
 from improved_diffusion.study.options import DemoConfig
 
@@ -24,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     few = functools.partial(bouncy_balls.make_dataset, num_train=2, num_test=2)
     monkeypatch.setattr(bouncy_balls, "make_dataset", few)  # made on first use, whoever that is
     laps = tmp_path / "datasets" / "maze_laps_32"
-    ray_mazes.make_dataset("maze_laps", laps, num_train=1, num_test=1)
+    ray_mazes.make_dataset("maze_laps", laps, num_train=1, num_test=2)
     for dataset, T in (("maze_laps", 240), ("bouncy_balls", 100)):
         path = tmp_path / f"checkpoints/pretrained/{dataset}/ema_0.99_latest.pt"
         make_checkpoint(path, dataset, image_size=32, T=T, max_frames=8)
@@ -34,18 +36,35 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def squared_errors(frames, truth):
+    """[n] of frames [n, 3, H, W], whose decibels are the mean of those of the channels."""
+    errors = (frames / 255 - truth / 255) ** 2
+    return np.exp(np.log(errors.mean(axis=(2, 3))).mean(axis=1))
+
+
+def decibels(errors):
+    return -10 * np.log10(errors)
+
+
 @pytest.mark.slow
 def test_laps_of_mazes_are_continued_with_and_without_recalling(folder, capsys):
-    call_main("video_demo.py", "--minutes", "0", *SIZES)
-    printed = capsys.readouterr().out
-    rows = [
-        line.split() for line in printed.splitlines() if line.startswith(("autoreg ", "recall"))
-    ]
-    table = [
-        row for row in rows if len(row) == 4 and row[-1] == "-"
-    ]  # three laps, the last too short
-    assert [row[0] for row in table] == ["autoreg", "recall-autoreg"]
+    observed, period, T = 60, 45, 150
+    call_main("video_demo.py", "--minutes", "0", *SIZES, "--maze_indices", "1", "--maze_T", T)
+    table = capsys.readouterr().out.split("lap 1 was observed")[1].splitlines()[2:5]
     (gif,) = folder.glob("results/pretrained/maze_laps/**/laps.gif")
+    truth = get_test_dataset("maze_laps", T=T).read(1)
+    np.testing.assert_array_equal(truth[period:], truth[:-period])
+    names = ["autoreg", "recall-autoreg", "last observed frame repeated"]
+    samples = [next(gif.parent.glob(f"{name}_*")) for name in names[:2]]
+    videos = [np.load(paths.sample_path(sampled, 1, 0)) for sampled in samples]
+    videos.append(truth[[observed - 1] * T])
+    for line, name, video in zip(table, names, videos, strict=True):
+        errors = squared_errors(video[observed:], truth[observed:]).reshape(2, period)
+        *laps, too_short = line.removeprefix(name).split()
+        np.testing.assert_allclose(
+            [float(lap) for lap in laps], decibels(errors.mean(1)), atol=0.06
+        )
+        assert too_short == "-"
     assert (gif.parent / "report.html").exists()
     assert not list(folder.glob("checkpoints/demo*"))  # nothing was trained
 
@@ -60,10 +79,16 @@ def test_a_network_is_trained_and_stands_beside_a_repeated_frame_and_a_pretraine
         (row,) = [line for line in printed.splitlines() if line.startswith(name)]
         assert len(row.split()) == 3 + 7 + 1  # the bound beside an error for each log SNR
     trained, pretrained = printed.split("16x16, frame")[1].split("32x32, frame")
-    for name, table in (("trained just now", trained), ("pretrained", pretrained)):
+    for name, table, size in (("trained just now", trained, 16), ("pretrained", pretrained, 32)):
         ours, repeated, difference = (
             line for line in table.splitlines() if line.startswith((name, "last ", "difference"))
         )
+        truth = get_test_dataset("bouncy_balls", T=9, image_size=size)
+        errors = [squared_errors(truth.read(video)[5:], truth.read(video)[4]) for video in (0, 1)]
+        expected = decibels(np.array(errors)).mean(axis=0)
+        *by_frame, mean = (float(number) for number in repeated.split()[4:])
+        np.testing.assert_allclose(by_frame, expected[[0, 1, 3]], atol=0.06)  # frames 1, 2 and 4
+        assert mean == pytest.approx(expected.mean(), abs=0.006)
         gap = float(ours.split()[-1]) - float(repeated.split()[-1])
         assert float(difference.split()[4]) == pytest.approx(gap, abs=0.02)
     assert len(list(folder.glob("results/demo/**/samples/*.npy"))) == 2

@@ -13,12 +13,13 @@ import torch
 from helpers import make_folder_dataset, run_script
 from improved_diffusion import frechet_video_distance
 from improved_diffusion.data import file_lock
-from improved_diffusion.evaluation import captions, metric_tables, metrics
+from improved_diffusion.data.video_datasets import get_test_dataset
+from improved_diffusion.evaluation import captions, gallery, metric_tables, metrics
 from improved_diffusion.evaluation import evaluate as evaluation
 from improved_diffusion.evaluation import features as extractors
 from improved_diffusion.evaluation.cache import Cache
 from improved_diffusion.evaluation.measurements import Measurements, Workshop
-from improved_diffusion.evaluation.options import EvalConfig, FvdConfig
+from improved_diffusion.evaluation.options import EvalConfig, FvdConfig, GifConfig
 from improved_diffusion.evaluation.scored_set import ScoredSet
 from improved_diffusion.registry import FRAME_METRICS
 from improved_diffusion.sampling.results import EvalDir
@@ -446,6 +447,14 @@ def test_directories_of_other_videos_or_lengths_are_not_compared_silently(
     assert "differ in videos" in caplog.text and "fewer" in capsys.readouterr().out
 
 
+def test_settings_are_compared_with_the_first_table_that_has_the_metric():
+    infos = {"a": {"metrics": {}}} | {
+        name: {"metrics": {"ssim": {"settings": {"data_range": value}}}}
+        for name, value in (("b", 1.0), ("c", 2.0))
+    }
+    assert metric_tables.differences(infos) == ["b and c differ in ssim data_range (1.0 and 2.0)"]
+
+
 @pytest.mark.parametrize("change", [{"resize": "half-pixel"}, {"ssim_data_range": 2.0}])
 def test_metrics_of_other_settings_are_not_compared_silently(eval_dir, tmp_path, i3d, change):
     """They are in the tables from earlier runs, and would be printed side by side."""
@@ -673,6 +682,42 @@ def test_a_grid_puts_the_truth_beside_the_samples(eval_dir, tmp_path):
     height, width = iio.imread(eval_dir.path / "videos/grid.mp4").shape[1:3]
     assert width == 3 * (128 + 4)  # truth and 2 samples
     assert height == 3 * (128 + 4) + 2 * (captions.LINE_HEIGHT + 2)  # 3 videos between two lines
+
+
+def make_grid(*dirs, **options) -> tuple[list[list[np.ndarray]], list[str]]:
+    """The last frame of each video of a grid [rows, columns], and the titles."""
+    grids, titles = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "tile", lambda rows: grids.append(rows) or np.zeros((1, 8, 8, 3)))
+        patch.setattr(gallery, "captioned", lambda grid, texts, notes: titles.extend(texts))
+        patch.setattr(gallery, "write_video", lambda *_, **__: None)
+        gallery.make_gallery(GifConfig(tuple(map(str, dirs)), grid=True, width=32, **options))
+    return [[video[-1] for video in row] for row in grids[0]], titles
+
+
+def test_each_row_of_a_grid_is_of_one_video_and_its_columns_are_what_their_titles_say(eval_dir):
+    samples = eval_dir.path / "samples"
+    (samples / "sample_0000-0.npy").unlink()  # video 0 has sample 1 alone, the others have 0 and 1
+    rows, titles = make_grid(eval_dir.path, add_gt=True)
+    assert titles == ["truth", "autoreg"]
+    test_set = get_test_dataset(eval_dir.model_config()["dataset"])
+    for video, (truth, sample) in enumerate(rows):
+        np.testing.assert_array_equal(truth, test_set.read(video)[-1])
+        np.testing.assert_array_equal(sample, np.load(samples / f"sample_{video:04d}-1.npy")[-1])
+
+
+def test_a_grid_of_other_data_is_refused(eval_dir, tmp_path):
+    other = make_eval_dir(tmp_path, "other")
+    config = json.loads(other.sample_config_path.read_text())
+    other.sample_config_path.write_text(json.dumps(config | {"dataset_partition": "train"}))
+    with pytest.raises(ValueError, match="differ in dataset_partition .*cannot stand side by side"):
+        make_grid(eval_dir.path, other.path)
+    other.sample_config_path.write_text(json.dumps(config | {"obs_video": "mine.mp4"}))
+    with pytest.raises(ValueError, match="continues a clip of your own: leave out --add_gt"):
+        make_grid(other.path, add_gt=True)
+    eval_dir.save_truth(0, {"frames": 1, "sha256": "of another video"})
+    with pytest.raises(ValueError, match="of another video 0 than"):
+        make_grid(eval_dir.path, add_gt=True)
 
 
 @pytest.mark.slow

@@ -119,6 +119,40 @@ def test_the_picture_is_written_where_it_is_said(tmp_path):
     assert Image.open(tmp_path / "x" / "y.png").size[1] > 300
 
 
+def test_lines_are_named_in_order_with_bands_of_one_standard_error_and_labelled_axes(
+    tmp_path, monkeypatch
+):
+    from matplotlib.colors import to_hex
+
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    folders = [make_folder(tmp_path / name, elbos=4) for name in ("b", "a")]
+    draw(*folders)
+    (figure,) = figures
+    (legend,) = figure.legends
+    colours = [line_style(position).colour for position in (0, 1)]
+    assert [text.get_text() for text in legend.get_texts()] == ["b", "a"]
+    assert [line.get_color() for line in legend.get_lines()] == colours
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
+        ("frame", "PSNR (dB)"),
+        ("frame", "LPIPS"),
+        ("inference step", "negative ELBO (bits/dim)"),
+    ]
+    drawn_psnr = zip(figure.axes[0].lines, figure.axes[0].collections, strict=True)
+    for folder, colour, (line, band) in zip(folders, colours, drawn_psnr, strict=True):
+        values = metric_tables.read_table(folder / "metrics_3-2-8.pkl")["psnr"].mean(axis=1)
+        mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(3)
+        assert line.get_color() == to_hex(band.get_facecolor()[0]) == colour
+        np.testing.assert_allclose(line.get_xydata(), np.stack([FRAMES, mean], axis=1))
+        (polygon,) = band.get_paths()
+        x, y = polygon.vertices.T
+        assert set(x) == set(FRAMES)
+        np.testing.assert_allclose([y[x == frame].min() for frame in FRAMES], mean - error)
+        np.testing.assert_allclose([y[x == frame].max() for frame in FRAMES], mean + error)
+
+
 def test_tables_of_other_videos_are_not_drawn_together_silently(tmp_path, caplog):
     a, b = make_folder(tmp_path / "a"), make_folder(tmp_path / "b", videos=[3, 4, 5])
     with pytest.raises(ValueError, match="a and b differ in videos.*--allow_differences"):

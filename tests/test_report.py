@@ -252,7 +252,12 @@ def test_user_mistakes_are_one_line_and_write_nothing(folders, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_text_of_users_is_shown_and_never_run(folders):
-    title = "</script><script>alert(1)</script>"
-    page = report(folders, title=title)
-    assert title not in page and "&lt;/script&gt;" in page
+def test_text_of_users_is_shown_and_never_run(folders, tmp_path):
+    title, name = (f"</script><script>alert({number})</script>" for number in (1, 2))
+    stored = json.loads((folders[0] / "sample_config.json").read_text())
+    (tmp_path / "sample_config.json").write_text(json.dumps(stored | {"inference_mode": name}))
+    (tmp_path / "samples").symlink_to(folders[0] / "samples")
+    page = report([tmp_path], title=title)
+    for text in (title, name):
+        assert text not in page and html.escape(text) in page
+    assert [strategy["name"] for strategy in page_data(page)["strategies"]] == [name]

@@ -43,6 +43,7 @@ WATCH = """(milliseconds) => new Promise((done) => {
     };
     look();
 })"""
+WIDTH = "document.querySelector('canvas.video').clientWidth"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,18 @@ def page(browser, file):
 def _only_local(url: str, complaints: list[str]) -> None:
     if not url.startswith(("file:", "data:", "blob:")):
         complaints.append(f"asks for {url}")
+
+
+@pytest.fixture
+def long_names(folders, tmp_path) -> Path:
+    """A report of strategies with long names; in one word, since lines break at spaces anyway."""
+    found = []
+    for letter in "ab":  # of one strategy, so they have the folders' names
+        found.append(tmp_path / (99 * "x" + letter))
+        shutil.copytree(folders[0], found[-1])
+    out = str(tmp_path / "report.html")
+    eval_dir = tuple(map(str, found))
+    return write_report(ReportConfig(eval_dir=eval_dir, out=out, title=100 * "y"))
 
 
 def frames_shown(page) -> set[int]:
@@ -172,12 +185,81 @@ def test_keys_and_slider_move_all_videos_and_cursors(page):
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     assert frames_shown(page) == {1}
-    before = page.evaluate("document.querySelector('canvas.video').clientWidth")
+    before = page.evaluate(WIDTH)
     page.focus("#larger")
     page.keyboard.press("Enter")
-    assert page.evaluate("document.querySelector('canvas.video').clientWidth") > before
+    assert page.evaluate(WIDTH) > before
     style = "getComputedStyle(document.querySelector('canvas.video')).imageRendering"
     assert page.evaluate(style) == "pixelated"
+
+
+def test_keys_work_after_a_click_on_a_control(page):
+    for control in ("#play", "#larger", ".legend input"):
+        page.locator(control).first.click()
+        if control == "#play":
+            page.click(control)  # and pause again
+        page.keyboard.press("End")
+        assert frames_shown(page) == {toy_runs.T - 1}, control
+        page.keyboard.press("ArrowLeft")
+        assert frames_shown(page) == {toy_runs.T - 2}, control
+        before = page.evaluate(WIDTH)
+        page.keyboard.press("+")
+        larger = page.evaluate(WIDTH)
+        page.keyboard.press("-")
+        assert larger > before == page.evaluate(WIDTH), control
+        page.keyboard.press(">")
+        page.keyboard.press("<")
+        page.keyboard.press("<")
+        assert page.input_value("#speed") == "0.5", control
+        page.keyboard.press(">")
+    page.focus("#play")
+    for says in ("Pause", "Play"):  # the button's own key, once
+        page.keyboard.press(" ")
+        assert page.inner_text("#play") == says
+
+
+def test_the_slider_keeps_no_keys_but_those_that_move_it(page):
+    page.focus("#frame")
+    before = page.evaluate(WIDTH)
+    page.keyboard.press("-")
+    assert page.evaluate(WIDTH) < before
+    page.keyboard.press("+")
+    assert page.evaluate(WIDTH) == before
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    assert frames_shown(page) == {toy_runs.T - 2}
+
+
+def test_a_click_on_a_plot_moves_the_videos_but_a_finger_that_scrolls_does_not(page):
+    plot = page.locator(".plot svg").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    place = {"x": box["width"] / 2, "y": box["height"] / 2}
+    touch = {"pointerType": "touch", "clientX": box["x"] + place["x"], "clientY": box["y"] + 9}
+    plot.dispatch_event("pointerdown", touch)
+    assert frames_shown(page) == {0}
+    plot.click(position=place)
+    (frame,) = frames_shown(page)
+    assert 0 < frame < toy_runs.T - 1
+
+
+def test_controls_and_what_they_control_agree_after_back(page):
+    controls = (
+        "[document.getElementById('speed').value, document.getElementById('baseline').value,"
+        " ...[...document.querySelectorAll('.legend input')].map((box) => box.checked)]"
+    )
+    shown = (
+        "[document.querySelectorAll('.plot polyline').length,"
+        " ...[...document.querySelectorAll('.difference')].map((table) => !table.hidden)]"
+    )
+    before = page.evaluate(controls), page.evaluate(shown)
+    page.select_option("#speed", "4")
+    page.select_option("#baseline", "1")
+    page.locator(".legend input").first.uncheck()
+    page.goto("about:blank")
+    page.go_back()
+    page.wait_for_selector("body[data-started]")
+    assert (page.evaluate(controls), page.evaluate(shown)) == before
 
 
 def test_pointing_at_the_schedule_tells_which_step_made_a_frame_from_which(page, folders):
@@ -221,3 +303,16 @@ def test_nothing_sticks_out_on_a_desk_or_a_phone(page, width, request, tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / f"report_{width}.png", full_page=True)
     assert (folder / f"report_{width}.png").stat().st_size > 10_000
+
+
+def test_long_names_do_not_stick_out_on_a_phone(page, long_names, tmp_path):
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(long_names.as_uri())
+    page.wait_for_selector("body[data-started]")
+    assert page.locator(".legend").inner_text().count("xxx") and page.locator("#baseline").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    names = "[...document.querySelectorAll('tbody th')].map((head) => head.offsetWidth)"
+    assert max(page.evaluate(names)) < 200, "they stay in place, beside what is scrolled"
+    folder = Path(os.environ.get("TEST_ARTEFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / "report_long_names.png", full_page=True)

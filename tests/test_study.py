@@ -15,6 +15,7 @@ import helpers
 from helpers import make_checkpoint
 from improved_diffusion.data import ray_mazes
 from improved_diffusion.evaluation import metric_tables
+from improved_diffusion.evaluation.comparison import Difference
 from improved_diffusion.evaluation.intervals import Interval, mean_interval
 from improved_diffusion.evaluation.metric_tables import read_table
 from improved_diffusion.sampling.results import EvalDir
@@ -303,7 +304,8 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
     floor = {"value": 5, "shared": 3, "n": 2}
     info["metrics"]["fvd"] = {"mean": 7.0, "standard_error": None, "floor": floor}
     first, other = arms(config)
-    differences = {("psnr", "", other.folder): Interval(1.5, 0.5, 2.5)}
+    found = Difference("psnr", first.folder, other.folder, 2, Interval(1.5, 0.5, 2.5))
+    differences = {("psnr", "", other.folder): found}
     asked = dataclasses.replace(config, modes=("psnr", "fvd"), bound_videos=0)
     table = study_report.score_table(asked, {first: info, other: info}, differences)
     assert table.splitlines()[2:] == [
@@ -316,22 +318,31 @@ def test_scores_stand_beside_their_paired_difference_from_the_first_strategy(con
 def test_several_numbers_of_a_sample_have_a_row_each_and_those_of_the_truth_one(config):
     names = ["samples", "own last lap", "one period earlier"]
     columns = [
-        {"name": f"lap {lap}: {name}", "mean": 10.0 + lap, "standard_error": 1.0, "infinite": 0}
+        {
+            "name": f"lap {lap}: {name}",
+            "n": 2,
+            "mean": 10.0 + lap,
+            "standard_error": 1.0,
+            "infinite": 0,
+        }
         for name in names
         for lap in (2, 3)
     ]
     columns[-1] = columns[-1] | {"mean": None, "infinite": 4}
     info = {"metrics": {"lap_psnr": {"columns": columns}}}
     first, other = arms(config)
-    differences = {("lap_psnr", "lap 3: samples", other.folder): Interval(2, 1, 3)}
-    table = study_report.column_table("lap_psnr", {first: info, other: info}, differences)
+    found = Difference("lap_psnr", first.folder, other.folder, 1, Interval(2, 1, 3))
+    differences = {("lap_psnr", "lap 3: samples", other.folder): found}
+    table = study_report.column_table("lap_psnr", {first: info, other: info}, differences, 2)
     assert table.splitlines() == [
         "| strategy | of | LAP_PSNR (dB) lap 2 | LAP_PSNR (dB) lap 3 |",
         "| --- | --- | --- | --- |",
         "| autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 |",
         "| autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
-        "| recall-autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 (+2.0 [+1.0, +3.0]) |",
+        "| recall-autoreg | samples | 12.0 ± 1.0 | 13.0 ± 1.0 (+2.0 [+1.0, +3.0], n = 1) |",
         "| recall-autoreg | own last lap | 12.0 ± 1.0 | 13.0 ± 1.0 |",
         "| - | one period earlier | 12.0 ± 1.0 | inf |",
     ]
-    assert study_report.column_table("lap_psnr", {first: {}, other: {}}, {}) == ""
+    of_fewer = study_report.column_table("lap_psnr", {first: info}, {}, 3)
+    assert "| autoreg | samples | 12.0 ± 1.0, n = 2 | 13.0 ± 1.0, n = 2 |" in of_fewer
+    assert study_report.column_table("lap_psnr", {first: {}, other: {}}, {}, 2) == ""

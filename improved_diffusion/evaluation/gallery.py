@@ -15,8 +15,8 @@ from improved_diffusion.data.video_io import add_border, write_video
 from improved_diffusion.evaluation.captions import captioned
 from improved_diffusion.evaluation.laps import lap_of
 from improved_diffusion.evaluation.options import GifConfig
-from improved_diffusion.sampling.provenance import strategy_names
-from improved_diffusion.sampling.results import EvalDir, load_video, shared_samples
+from improved_diffusion.sampling.provenance import check_side_by_side, strategy_names
+from improved_diffusion.sampling.results import EvalDir, load_video, shared_samples, truth_of
 from improved_diffusion.sampling.trained_model import stored_dataset
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,18 @@ def make_gallery(config: GifConfig) -> list[Path]:
         Source(d.path, name, d.samples(), d.sample_config().get("observed_frames", []))
         for d, name in zip(eval_dirs, strategy_names(eval_dirs), strict=True)
     ]
+    check_side_by_side(eval_dirs)
     truth = _truth(eval_dirs[0]) if config.add_gt else None
     videos = _videos(config, sources)
     folder = sources[0].path / "videos"
     if config.grid:
-        columns = min(len(indices) for indices in videos.values())
-        shown = {video: indices[:columns] for video, indices in videos.items()}
+        of_all = set.intersection(*map(set, videos.values()))
+        if not of_all:
+            raise ValueError("no sample is there of all these videos: show fewer with --num_videos")
+        shown = {video: sorted(of_all) for video in videos}
+        left_out = sum(len(indices) - len(of_all) for indices in videos.values())
+        if left_out:
+            logger.info("left out: %d samples that not all of the videos have", left_out)
         files = [Path(config.out or folder / f"grid.{config.format}")]
         _write(config, files[0], sources, truth, shown)
     else:
@@ -152,6 +158,8 @@ def _row(
     if truth is not None:
         length = len(samples[0][0])
         true = truth.read(video)
+        for source in sources:
+            EvalDir(source.path).check_truth(video, truth_of(true), truth.name)
         if len(true) < length:  # the sample goes on where the data ends: hold black
             black = np.zeros((length - len(true), *true.shape[1:]), np.uint8)
             true = np.concatenate([true, black])
@@ -163,6 +171,8 @@ def _truth(eval_dir: EvalDir) -> VideoTestSet:
     stored = eval_dir.sample_config()
     if "dataset" not in stored:
         raise ValueError(f"{eval_dir.sample_config_path} does not say dataset: leave out --add_gt")
+    if stored.get("obs_video"):
+        raise ValueError(f"{eval_dir.path} continues a clip of your own: leave out --add_gt")
     return get_test_dataset(
         stored_dataset(stored["dataset"], eval_dir.model_config()),
         T=stored["T"],

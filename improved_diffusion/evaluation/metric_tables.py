@@ -167,21 +167,26 @@ def check_comparable(infos: Mapping[str, Mapping[str, Any]], *, allow: bool) -> 
 
 
 def differences(infos: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """In words, what the first table and each other one do not share."""
+    """In words, what tables do not share with the first one, or settings of a metric with its first one."""
     found = []
     (first_name, first), *others = infos.items()
     for name, info in others:
-        pairs = {key: (first.get(key), info.get(key)) for key in COMPARED}
-        rows_1, rows_2 = first.get("metrics", {}), info.get("metrics", {})
-        for mode in sorted(rows_1.keys() & rows_2.keys()):
-            settings_1, settings_2 = (rows[mode].get("settings", {}) for rows in (rows_1, rows_2))
-            for key in sorted(settings_1.keys() | settings_2.keys()):
-                pairs[f"{mode} {key}"] = settings_1.get(key), settings_2.get(key)
-        for key, (one, other) in pairs.items():
-            if one != other:
-                shown = f"{_in_short(one)} and {_in_short(other)}"
-                found.append(f"{first_name} and {name} differ in {key} ({shown})")
+        pairs = {key: (first_name, first.get(key), info.get(key)) for key in COMPARED}
+        for mode, row in sorted(info.get("metrics", {}).items()):
+            holder = next(h for h, i in infos.items() if mode in i.get("metrics", {}))
+            one, other = infos[holder]["metrics"][mode].get("settings", {}), row.get("settings", {})
+            for key in sorted(one.keys() | other.keys()):
+                pairs[f"{mode} {key}"] = holder, one.get(key), other.get(key)
+        for key, (holder, value, own) in pairs.items():
+            if value != own:
+                shown = f"{_in_short(value)} and {_in_short(own)}"
+                found.append(f"{holder} and {name} differ in {key} ({shown})")
     return found
+
+
+def like_for_like(floor: Mapping[str, Any]) -> float:
+    """The distance between true videos that begin alike, as samples and their truth do, if it is known."""
+    return floor.get("shared", floor["value"])
 
 
 def _in_short(value: Any) -> str:

@@ -24,6 +24,8 @@ from improved_diffusion.sampling.results import EvalDir, read_json
 ScheduleStep = tuple[list[int], list[int]]
 # What says how a folder's samples were made, or, where it has none, its bounds.
 CONFIGS = ("sample_config.json", "elbo_config.json")
+# What must be the same of directories whose videos stand side by side.
+SHARED = ("dataset", "dataset_partition", "obs_video")
 
 
 def stored_options(eval_dir: EvalDir) -> dict[str, Any]:
@@ -32,6 +34,18 @@ def stored_options(eval_dir: EvalDir) -> dict[str, Any]:
         if (eval_dir.path / name).exists():
             return read_json(eval_dir.path / name)
     return {}
+
+
+def check_side_by_side(eval_dirs: Sequence[EvalDir]) -> None:
+    """Raise ValueError where the videos of evaluation directories are of different data."""
+    stored = [stored_options(eval_dir) for eval_dir in eval_dirs]
+    for name in SHARED:
+        found = {str(options[name]) for options in stored if options.get(name)}
+        if len(found) > 1:
+            raise ValueError(
+                f"these directories differ in {name} ({' and '.join(sorted(found))}), so their videos "
+                "cannot stand side by side: leave some out"
+            )
 
 
 def strategy_names(eval_dirs: Sequence[EvalDir]) -> list[str]:

@@ -144,6 +144,11 @@ class EvalDir:
         """The training options of the checkpoint; empty where nothing says so."""
         return read_json(self.model_config_path) if self.model_config_path.exists() else {}
 
+    def bound_config(self) -> dict[str, Any]:
+        """What the bounds were made with; empty where nothing says so."""
+        path = paths.elbo_config_path(self.path)
+        return read_json(path) if path.exists() else {}
+
     def is_begun(self) -> bool:
         """Whether a sample, finished or not, is here."""
         patterns = ("samples/sample_*.npy", "partial/sample_*/step_*.npz", "partial/sample_*.npz")

@@ -14,8 +14,8 @@ import numpy as np
 
 from improved_diffusion.data import paths
 from improved_diffusion.evaluation import metric_tables
-from improved_diffusion.evaluation.comparison import find_differences
-from improved_diffusion.evaluation.intervals import Interval, mean_interval
+from improved_diffusion.evaluation.comparison import Difference, find_differences
+from improved_diffusion.evaluation.intervals import mean_interval
 from improved_diffusion.evaluation.metric_tables import ScoreTable
 from improved_diffusion.evaluation.plots import axis_label
 from improved_diffusion.registry import SAMPLE_METRICS
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 NO_STRATEGY = "-"  # stands for one where a row is of the true videos alone
 # {(metric, column, evaluation directory): its difference from the first strategy}
-Differences = Mapping[tuple[str, str, str], Interval]
+Differences = Mapping[tuple[str, str, str], Difference]
 
 
 def write_report(config: StudyConfig) -> Path:
@@ -43,7 +43,7 @@ def write_report(config: StudyConfig) -> Path:
         f"# {Path(config.out).name}",
         _said_of_all(config),
         score_table(config, infos, differences),
-        *(column_table(mode, infos, differences) for mode in several),
+        *(column_table(mode, infos, differences, config.num_videos) for mode in several),
         "## Commands\n\n```bash\n"
         + "\n".join(
             f"{command.line}  # {command_time(config, command.name)} s"
@@ -76,9 +76,7 @@ def differences_of(tables: Mapping[Arm, ScoreTable]) -> Differences:
     ready = {arm.folder: table for arm, table in tables.items() if table.values}
     if next(iter(tables)).folder not in ready:
         return {}
-    return {
-        (each.metric, each.column, each.other): each.interval for each in find_differences(ready)
-    }
+    return {(each.metric, each.column, each.other): each for each in find_differences(ready)}
 
 
 def score_table(
@@ -112,13 +110,25 @@ def _score(info: Mapping[str, Any], mode: str, differences: Differences, arm: Ar
     return metric_tables.plus_minus(row) + _difference(differences.get((mode, "", arm.folder)))
 
 
-def _difference(found: Interval | None) -> str:
-    """The difference and its interval in brackets, after a space; empty where there is none."""
-    return "" if found is None else f" ({found:+})"
+def _difference(found: Difference | None, row: Mapping[str, Any] | None = None) -> str:
+    """The difference and its interval in brackets, after a space; empty where there is none.
+
+    With the number of videos where that is not the row's.
+    """
+    if found is None:
+        return ""
+    return f" ({found.interval:+}{'' if row is None else _other_n(found.n, row['n'])})"
+
+
+def _other_n(n: int, usual: int) -> str:
+    return "" if n == usual else f", n = {n}"
 
 
 def column_table(
-    mode: str, infos: Mapping[Arm, Mapping[str, Any]], differences: Differences
+    mode: str,
+    infos: Mapping[Arm, Mapping[str, Any]],
+    differences: Differences,
+    num_videos: int,
 ) -> str:
     """A metric that gives several numbers of each sample; "" where no table holds it.
 
@@ -135,10 +145,11 @@ def column_table(
         for column in columns:
             head, _, what = column["name"].rpartition(": ")
             if column["name"] in SAMPLE_METRICS[mode].reference_columns:
-                name, shown = NO_STRATEGY, _column_number(column)
+                name, shown = NO_STRATEGY, _column_number(column, num_videos)
             else:
                 found = differences.get((mode, column["name"], arm.folder))
-                name, shown = arm.name, _column_number(column) + _difference(found)
+                shown = _column_number(column, num_videos) + _difference(found, column)
+                name = arm.name
             rows.setdefault((name, what), {}).setdefault(head, shown)
     heads = list(next(iter(rows.values())))
     ordered = sorted(rows.items(), key=lambda item: item[0][0] == NO_STRATEGY)
@@ -147,9 +158,11 @@ def column_table(
     return markdown_table(["strategy", "of", *titles], lines)
 
 
-def _column_number(row: Mapping[str, Any]) -> str:
-    """Mean and standard error; "inf" where that is the value of every video."""
-    return "inf" if row["mean"] is None and row["infinite"] else metric_tables.plus_minus(row)
+def _column_number(row: Mapping[str, Any], num_videos: int) -> str:
+    """Mean and standard error, of how many videos if not of all; "inf" where each of them has that."""
+    if row["mean"] is None and row["infinite"]:
+        return "inf"
+    return metric_tables.plus_minus(row) + _other_n(row["n"], num_videos)
 
 
 def _floor(infos: Mapping[Arm, Mapping[str, Any]], mode: str) -> str:
@@ -157,7 +170,7 @@ def _floor(infos: Mapping[Arm, Mapping[str, Any]], mode: str) -> str:
     for info in infos.values():
         floor = info.get("metrics", {}).get(mode, {}).get("floor")
         if floor:
-            return f"{floor.get('shared', floor['value']):.4g} (n = {floor['n']})"
+            return f"{metric_tables.like_for_like(floor):.4g} (n = {floor['n']})"
     return ""
 
 
@@ -174,7 +187,8 @@ def _bits(config: StudyConfig, arm: Arm) -> str:
     first = arms(config)[0]
     others = {} if first == arm else video_bounds(config, first)
     shared = [bounds[file] - others[file] for file in bounds if file in others]
-    return f"{shown}{_difference(mean_interval(np.array(shared)))}, n = {len(bounds)}"
+    found = mean_interval(np.array(shared))
+    return f"{shown}{'' if found is None else f' ({found:+})'}, n = {len(bounds)}"
 
 
 def video_bounds(config: StudyConfig, arm: Arm) -> dict[str, float]:

@@ -17,8 +17,8 @@ from improved_diffusion.sampling.results import EvalDir
 
 logger = logging.getLogger(__name__)
 
-# What must be the same of directories whose videos stand side by side.
-SHARED = ("dataset", "dataset_partition", "obs_video")
+# What must be the same of bounds that are compared.
+BOUNDED = ("T", "obs_length", "dataset_partition", "timestep_respacing", "stratified")
 
 # What the stored options are called in the report; others keep their names and come last.
 NAMED = {
@@ -105,13 +105,16 @@ def _check_comparable(strategies: list[Strategy], eval_dirs: list[EvalDir], *, a
     infos = {s.name: s.table.info for s in strategies if s.table.info}
     if infos:
         metric_tables.check_comparable(infos, allow=allow)
-    stored = [provenance.stored_options(eval_dir) for eval_dir in eval_dirs]
-    for name in SHARED:
-        found = {str(options[name]) for options in stored if options.get(name)}
-        if len(found) > 1 and not allow:
+    if allow:
+        return
+    provenance.check_side_by_side(eval_dirs)
+    bounds = [e.bound_config() for s, e in zip(strategies, eval_dirs, strict=True) if s.bits]
+    for name in BOUNDED:
+        found = {str(options[name]) for options in bounds if name in options}
+        if len(found) > 1:
             raise ValueError(
-                f"these directories differ in {name} ({' and '.join(sorted(found))}), so their videos "
-                "cannot stand side by side: leave some out, or go on with --allow_differences"
+                f"the bounds of these directories differ in {name} ({' and '.join(sorted(found))}), and "
+                "cannot be compared: leave some out, or go on with --allow_differences"
             )
 
 
@@ -145,6 +148,10 @@ def _facts(eval_dir: EvalDir) -> dict[str, str]:
         facts.pop("eta", None)
     if "sampler" in facts:
         facts.setdefault("timesteps", "all that were trained on")
+    if bound := eval_dir.bound_config():
+        kind = "an unbiased estimate" if bound.get("stratified") else "the whole sum"
+        respaced = bound.get("timestep_respacing")
+        facts["bound"] = kind + (f" of the chain respaced to {respaced}" if respaced else "")
     seconds = provenance.seconds_per_video(eval_dir)
     if seconds is not None:
         facts["seconds per video"] = f"{seconds[0]:.4g} (mean of {seconds[1]} videos)"
@@ -164,6 +171,10 @@ def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
         yield "no scores; scripts/video_eval.py computes them."
     elif not strategy.table.values.keys() & FRAME_METRICS.keys():
         yield "no scores of single frames, so no curves of them."
+    if strategy.table.values and _is_of_other_samples(strategy.table, eval_dir):
+        yield (
+            "samples were made, or made again, after its scores; scripts/video_eval.py computes them anew."
+        )
     if old := _without_halves(strategy.table):
         yield (
             f"differences in {', '.join(old)}, whose table was written before it held "
@@ -171,6 +182,16 @@ def _missing(strategy: Strategy, eval_dir: EvalDir) -> Iterator[str]:
         )
     if curves.has_bounds(eval_dir) and not strategy.bits:
         yield "the bounds, since the folder does not say of how many frames they are."
+
+
+def _is_of_other_samples(table: ScoreTable, eval_dir: EvalDir) -> bool:
+    """Whether there are videos that the table has not, or samples that are younger than it."""
+    path = curves.newest_table(eval_dir.path)
+    files = [*(eval_dir.path / "samples").glob("sample_*.npy")]
+    if path is None or not files:
+        return False
+    younger = max(file.stat().st_mtime for file in files) > path.stat().st_mtime
+    return younger or not set(eval_dir.samples()) <= set(table.info.get("videos", []))
 
 
 def _without_halves(table: ScoreTable) -> list[str]:

@@ -321,7 +321,8 @@
     drawn.forEach((curve) => drawBand(plot, curve));
     drawn.forEach((curve) => drawCurve(plot, curve));
     plot.cursor = element("g", { class: "cursor" }, plot.svg);
-    plot.svg.addEventListener("pointerdown", (event) => {
+    // Not "pointerdown": a finger that scrolls the page begins with one, too.
+    plot.svg.addEventListener("click", (event) => {
       const box = plot.svg.getBoundingClientRect();
       if (spec.by === "frame" && panels.length) seek(plot.scale.frame(((event.clientX - box.left) / box.width) * width));
     });
@@ -457,10 +458,18 @@
     "-": () => setZoom(state.zoom - 1),
   };
 
+  // Whether what has the focus does something of its own with the key. A click leaves the focus behind, so
+  // controls keep no more keys than they need.
+  function isTaken(within, event) {
+    if (within.id === "frame") return !event.shiftKey && ["ArrowLeft", "ArrowRight", "Home", "End"].includes(event.key);
+    if (within.matches("button, summary, [type=checkbox]")) return event.key === " " || event.key === "Enter";
+    return true;
+  }
+
   function onKey(event) {
     const within = event.target.closest("input, select, button, summary, .wide");
     if (event.ctrlKey || event.altKey || event.metaKey || !(event.key in KEYS)) return;
-    if (within && !(within.id === "frame" && (event.key === " " || event.shiftKey))) return;
+    if (within && isTaken(within, event)) return;
     event.preventDefault();
     KEYS[event.key](event);
   }

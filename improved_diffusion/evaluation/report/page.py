@@ -228,7 +228,8 @@ def _floor(strategies: Sequence[Strategy], mode: str) -> tuple[str, str] | None:
     for strategy in strategies:
         floor = strategy.table.info.get("metrics", {}).get(mode, {}).get("floor")
         if floor:
-            return f"{floor['value']:.4g}", f"n = {floor['n']}"
+            shared = ", observed frames shared" if "shared" in floor else ""
+            return f"{metric_tables.like_for_like(floor):.4g}", f"n = {floor['n']}{shared}"
     return None
 
 
