@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from improved_diffusion.config import (
     DiffusionConfig,
     ModelConfig,
+    NoOptions,
     defaults,
     from_options,
     option_groups,
@@ -90,8 +91,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return lines
 
 
+TYPED = "typed_options"  # of a namespace: which of those that things of a registry own
+
+
 def add_arguments(
-    parser: argparse.ArgumentParser, *groups: type, leave_out: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    *groups: type,
+    leave_out: Collection[str] = (),
+    action: type[argparse.Action] | str = "store",
 ) -> None:
     """Add one flag per field of the option groups; a name that two groups share is added once.
 
@@ -104,9 +111,17 @@ def add_arguments(
             if "owned_by" in item.metadata:
                 owned = option_groups(item.metadata["owned_by"])
                 _check_no_clash(group, owned)
-                add_arguments(parser, *owned, leave_out=leave_out)
+                add_arguments(parser, *owned, leave_out=leave_out, action=_StoreTyped)
             elif item.name not in {*leave_out, *(action.dest for action in parser._actions)}:
-                _add_argument(parser, item, hints[item.name])
+                _add_argument(parser, item, hints[item.name], action)
+
+
+class _StoreTyped(argparse.Action):
+    """Stores a value, and that it was typed: an option of something that is not chosen is refused then."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, TYPED, {*getattr(namespace, TYPED, ()), self.dest})
 
 
 def _check_no_clash(group: type, owned: Sequence[type]) -> None:
@@ -117,7 +132,12 @@ def _check_no_clash(group: type, owned: Sequence[type]) -> None:
             raise ValueError(f"--{item.name} is an option of {group.__name__} already: rename it")
 
 
-def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+def _add_argument(
+    parser: argparse.ArgumentParser,
+    item: dataclasses.Field[Any],
+    hint: Any,
+    action: type[argparse.Action] | str,
+) -> None:
     meta, choices = item.metadata, item.metadata.get("choices")
     required = item.default is dataclasses.MISSING
     help_text = meta["help"]
@@ -144,7 +164,7 @@ def _add_argument(parser: argparse.ArgumentParser, item: dataclasses.Field[Any],
             options["choices"] = choices
     if meta.get("flag"):  # `--optimal` and `--optimal True` are both fine
         options |= {"nargs": "?", "const": True}
-    parser.add_argument(f"--{item.name}", **options)
+    parser.add_argument(f"--{item.name}", **{"action": action} | options)
 
 
 def _list_parsing(meta: Mapping[str, Any], *, is_text: bool) -> dict[str, Any]:
@@ -199,8 +219,32 @@ def parse_with_config(
 
 
 def config_from_args(group: type[Config], args: argparse.Namespace | dict[str, Any]) -> Config:
-    """An option dataclass from parsed flags or a stored flat dict; see `config.from_options`."""
-    return from_options(group, args if isinstance(args, dict) else vars(args))
+    """An option dataclass from parsed flags or a stored flat dict; see `config.from_options`.
+
+    Raises ValueError for a flag that was typed and belongs to something that is not chosen.
+    """
+    if isinstance(args, dict):
+        return from_options(group, args)
+    _refuse_options_of_others(group, args)
+    return from_options(group, vars(args))
+
+
+def _refuse_options_of_others(group: type, args: argparse.Namespace) -> None:
+    for item in dataclasses.fields(group):
+        registry, chosen_by = (item.metadata.get(key) for key in ("owned_by", "chosen_by"))
+        chosen = getattr(args, chosen_by, None) if chosen_by else None
+        if registry is None or chosen not in registry:
+            continue
+        owners: dict[str, list[str]] = {}
+        for name, thing in registry.items():
+            for owned in dataclasses.fields(getattr(thing, "Options", NoOptions)):
+                owners.setdefault(owned.name, []).append(name)
+        for name in sorted(getattr(args, TYPED, ())):
+            if chosen not in owners.get(name, [chosen]):
+                raise ValueError(
+                    f"--{name} does nothing with --{chosen_by} {chosen}: leave it out (it is an option of "
+                    f"{', '.join(owners[name])})"
+                )
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:

@@ -2,7 +2,9 @@
 
 import html
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import html5lib
@@ -27,6 +29,7 @@ from improved_diffusion.evaluation.report import sprites
 from improved_diffusion.evaluation.report.numbers import Strategy
 from improved_diffusion.evaluation.report.page import difference_tables, score_tables, write_report
 from improved_diffusion.registry import SAMPLE_METRICS
+from improved_diffusion.sampling.provenance import latent_counts
 from improved_diffusion.sampling.results import EvalDir
 
 
@@ -261,3 +264,32 @@ def test_text_of_users_is_shown_and_never_run(folders, tmp_path):
     for text in (title, name):
         assert text not in page and html.escape(text) in page
     assert [strategy["name"] for strategy in page_data(page)["strategies"]] == [name]
+
+
+def test_bounds_of_different_sums_are_not_compared(folders, tmp_path):
+    others = []
+    for name, folder, stratified in zip("ab", folders, (False, True), strict=True):
+        other = tmp_path / name
+        other.mkdir()
+        for shared in ("samples", "truth", "sample_config.json", "model_config.json"):
+            (other / shared).symlink_to(folder / shared)
+        (other / "elbos").mkdir()
+        for video in EvalDir(folder).samples():
+            steps = len(latent_counts(EvalDir(folder)))
+            np.save(other / f"elbos/elbo_{video:04d}.npy", np.ones(steps))
+        options = {"T": toy_runs.T, "stratified": stratified}
+        (other / "elbo_config.json").write_text(json.dumps(options))
+        others.append(other)
+    assert "an unbiased estimate" in report(others[1:])
+    with pytest.raises(ValueError, match="bounds of these directories differ in stratified"):
+        report(others)
+
+
+def test_it_is_said_where_samples_are_younger_than_their_scores(folders, tmp_path):
+    other = tmp_path / "autoreg"
+    shutil.copytree(folders[0], other)
+    assert "after its scores" not in report([other])
+    (sample, *_) = (other / "samples").glob("*.npy")
+    later = sample.stat().st_mtime + 9
+    os.utime(sample, (later, later))
+    assert "samples were made, or made again, after its scores" in report([other])

@@ -208,3 +208,22 @@ def test_a_missing_data_set_says_how_to_make_it(tmp_path):
     done = run_script("video_train.py", "--dataset=mazes_cwvae", "--max_steps", "1", cwd=tmp_path)
     assert done.returncode == 1 and "datasets/mazes.py" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(Path(tmp_path).glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("group", "words", "told"),
+    [
+        (TrainConfig, "--dataset a --muon_lr 0.1", "--muon_lr does nothing with --optimizer adamw"),
+        (SampleConfig, "a.pt --inference_mode autoreg --recall_gap 3", "--recall_gap does nothing"),
+        (TrainConfig, "--dataset a --optimizer muon --muon_lr 0.1", ""),
+    ],
+)
+def test_an_option_of_something_that_is_not_chosen_is_refused(group, words, told):
+    parser = argparse.ArgumentParser()
+    script_util.add_arguments(parser, group)
+    args = parser.parse_args(words.split())
+    if not told:
+        assert script_util.config_from_args(group, args).optimizer_options.muon_lr == 0.1
+        return
+    with pytest.raises(ValueError, match=told):
+        script_util.config_from_args(group, args)
