@@ -181,12 +181,11 @@ class GaussianDiffusion:
     def ddim_step(
         self, x: Tensor, t: Tensor, xstart: Tensor, *, eta: float, generator: Generators = None
     ) -> Tensor:
-        """The same by DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance."""
+        """The same by DDIM Eq. 12; eta 0: deterministic, 1: DDPM's small variance, up to rounding."""
         eps = self.predict_eps_from_xstart(x, t, xstart)
         bar, bar_prev = self._table("bar", t), self._table("bar_prev", t)
         sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))  # DDIM Eq. 16
-        rest = (1 - bar_prev - sigma**2).clamp(min=0)  # rounding takes it below 0 where eta is 1
-        sample = bar_prev.sqrt() * xstart + rest.sqrt() * eps
+        sample = bar_prev.sqrt() * xstart + (1 - bar_prev - sigma**2).clamp(min=0).sqrt() * eps
         return sample + sigma * randn(x.shape, generator, x.device) if eta else sample
 
     # ------------------------------------------------------------ the published ways to sample

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from improved_diffusion import dist_util
 from improved_diffusion.data import checkpoints, machine, paths, video_io
 from improved_diffusion.data.frame_batch import FrameBatch
+from improved_diffusion.data.nested_state import snapshot
 from improved_diffusion.data.rng_util import make_generator, randn
 from improved_diffusion.data.video_datasets import TrainDataset
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -156,7 +157,7 @@ class TrainLoop:
             weights = self.train_step.network.state_dict()
             emas = {rate: {**weights, **ema} for rate, ema in self.train_step.emas.items()}
             rest = self.train_step.state_dict() | {"ranks": dist_util.world_size()}
-            copies = (checkpoints.snapshot(part) for part in (weights, emas, rest))
+            copies = (snapshot(part) for part in (weights, emas, rest))
             self._saver.start(functools.partial(self._write, self.step, *copies))
         self.saved_step = self.step
 

@@ -87,14 +87,16 @@ def test_an_optimal_schedule_lies_where_the_options_say(sparse, checkpoint):  # 
 
 def test_the_example_of_readme_runs_as_pasted(sparse, checkpoint):  # noqa: F811
     readme = (ROOT / "README.md").read_text()
-    example = re.search(r"```python\n(class Sparse.*?)```", readme, flags=re.S)[1]
-    scope = {"Autoregressive": Autoregressive, "dataclass": dataclass, "option": option}
+    example = re.search(r"```python\n(from dataclasses.*?class Thinned.*?)```", readme, flags=re.S)[
+        1
+    ]
+    scope = {"Autoregressive": Autoregressive}
     exec(example, scope)
-    inference_strategies["sparse"] = scope["Sparse"]
+    inference_strategies["sparse"] = scope["Thinned"]
     gaps = "--gap 2 --indices 0 --eval_dir out"
     call_main("video_sample.py", *sample_words(checkpoint), *gaps.split())
     assert Path("out/sparse_gap2_4_2_8_4/samples/sample_0000-0.npy").is_file()
-    pasted = scope["Sparse"](12, 6, 6, 2, options=scope["Sparse"].Options(gap=2))
+    pasted = scope["Thinned"](12, 6, 6, 2, options=scope["Thinned"].Options(gap=2))
     assert next(pasted) == ([3, 5], [6, 7])
 
 

@@ -13,7 +13,7 @@ from improved_diffusion.data.frame_batch import FrameBatch
 from improved_diffusion.registry import MASK_DISTRIBUTIONS
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.trained_model import create_diffusion
-from improved_diffusion.study import mask_shares, training_comparison
+from improved_diffusion.study import held_out, mask_shares, training_comparison
 
 SCRIPT = "video_compare_training.py"
 COMMON = (
@@ -53,7 +53,7 @@ def test_runs_are_trained_measured_and_drawn_and_go_on_from_there(capsys):
         ("published", "1"), ("published", "2"), ("filled", "1"), ("filled", "2"),
     ]  # fmt: skip
     for row in rows:
-        values = [float(row[str(level)]) for level in training_comparison.LEVELS]
+        values = [float(row[str(level)]) for level in held_out.LEVELS]
         assert all(0 < value < 4 for value in values) and float(row["bits/dim"]) > 0
     assert Path("results/comparison/errors.png").stat().st_size > 10_000
     assert "| published | 2 |" in capsys.readouterr().out
@@ -152,15 +152,15 @@ def test_the_error_is_that_of_the_latent_frames_alone():
     frames = np.full((1, 3, 3, 8, 8), 255, np.uint8)
     frames[:, 0] = 0  # observed: -1 after scaling, of which nothing may be counted
     batch = FrameBatch.from_uint8(frames, np.arange(3)[None], num_observed=1)
-    *errors, bits = training_comparison.query_errors(constant_denoiser(0.5), batch, (0, 0))
-    assert errors == pytest.approx([0.25] * len(training_comparison.LEVELS)) and bits > 0
+    *errors, bits = held_out.query_errors(constant_denoiser(0.5), batch, (0, 0))
+    assert errors == pytest.approx([0.25] * len(held_out.LEVELS)) and bits > 0
 
 
 def test_the_levels_are_those_of_the_process():
     process = constant_denoiser(0.0).diffusion
-    t = training_comparison.nearest_timesteps(process)
+    t = held_out.nearest_timesteps(process)
     levels = process.snr(t).log().tolist()
-    assert levels == pytest.approx(training_comparison.LEVELS, abs=0.05)
+    assert levels == pytest.approx(held_out.LEVELS, abs=0.05)
 
 
 # ---------------------------------------------------------------- shares of masks

@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from improved_diffusion.data import paths
+from improved_diffusion.data.nested_state import portable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -298,7 +299,7 @@ def save_run(
     """Write the set of `step`, point `*_latest.pt` at it, and remove what is not to be kept.
 
     `ema_states` by rate; `opt_state`: all else that an exact resume needs. Nothing may change them
-    meanwhile: see `snapshot`. `latest_only` leaves only `*_latest.pt` of this set, `keep` the newest
+    meanwhile: see `nested_state.snapshot`. `latest_only` leaves only `*_latest.pt` of this set, `keep` the newest
     so many numbered sets (0: all). Raises OSError where the disk is full or the folder not writable;
     what was written of the set is removed then.
     """
@@ -310,8 +311,7 @@ def save_run(
     contents["opt"] = {**opt_state, "step": step}
     with _marked(folder, step, PASSING if latest_only else KEPT):
         try:
-            # An optimiser that a set of this step has left would make whole what is cut off here.
-            _remove_set(folder, step)
+            _remove_set(folder, step)  # its optimiser would make whole what is cut off here
             for kind, content in contents.items():
                 _write(paths.checkpoint_path(folder, kind, step), content)
         except OSError:
@@ -346,7 +346,7 @@ def _write(path: str, content: Any) -> None:
 
     try:
         with paths.atomic_write(path) as file:
-            torch.save(_portable(content), file)
+            torch.save(portable(content), file)
     except (OSError, RuntimeError) as error:  # torch hides a failing write in a RuntimeError
         raise _cannot_write(path, error) from error
 
@@ -355,32 +355,6 @@ def _cannot_write(path: str, error: Exception) -> OSError:
     cause = error if isinstance(error, OSError) else error.__context__
     reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0]
     return OSError(f"cannot write {path}: {reason}; the last complete checkpoint is untouched")
-
-
-def snapshot(value: Any) -> Any:
-    """A copy of a nested state, which stays as it is now: every tensor contiguous on the CPU."""
-    import torch
-
-    def copy(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-
-    return _with_tensors(value, copy)
-
-
-def _portable(value: Any) -> Any:
-    return _with_tensors(value, lambda tensor: tensor.detach().cpu().contiguous())
-
-
-def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _with_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_tensors(item, change) for item in value]
-    return value
 
 
 def _link(source: str, target: str) -> None:

@@ -175,8 +175,9 @@ def _open_pt(path: Path) -> OpenVideo:
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise _broken(path, error) from None
     if not isinstance(video, torch.Tensor):
-        kind = type(video).__name__
-        raise ValueError(f"{path}: holds a {kind}, need a uint8 tensor [T, H, W, 3]")
+        raise ValueError(
+            f"{path}: holds a {type(video).__name__}, need a uint8 tensor [T, H, W, 3]"
+        )
     return _from_array(path, video, video.data_ptr() if is_zip and video.is_contiguous() else None)
 
 
@@ -188,8 +189,7 @@ def _open_gif(path: Path) -> OpenVideo:
     with _gif_image(path) as image:
         shape = (image.n_frames, image.height, image.width)
         duration = image.info.get("duration")  # of the first frame, in milliseconds
-    fps = 1000 / duration if duration else None
-    return OpenVideo(path, shape, functools.partial(_read_gif, path), fps)
+    return OpenVideo(path, shape, functools.partial(_read_gif, path), duration and 1000 / duration)
 
 
 @contextmanager
@@ -197,17 +197,11 @@ def _gif_image(path: Path) -> Iterator[Any]:
     """The opened file; what goes wrong with it becomes a ValueError."""
     from PIL import Image
 
+    bomb = Image.DecompressionBombError
     try:
         with Image.open(path, formats=["GIF"]) as image:
             yield image
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, EOFError, ValueError, LookupError, SyntaxError, bomb) as error:
         raise _broken(path, error) from None
 
 
@@ -258,8 +252,7 @@ def _open_av(path: Path) -> OpenVideo:
 
 @functools.lru_cache(maxsize=4096)
 def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
-    """Read the packets' timestamps; of the frames only the first is decoded, for it knows how the
-    camera was held.
+    """Read the packets' timestamps; only the first frame is decoded, which knows how the camera was held.
 
     Size and mtime are arguments so that a changed file is read again.
     """
@@ -270,15 +263,15 @@ def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
         shape = (len(shown), *_upright_size(container, stream))
         fps = float(stream.average_rate) if stream.average_rate else None
         counted = container.format.name == "avi"  # holds decoding timestamps alone
-        if counted and fps:
-            fps /= _ticks_per_frame(stream, packets)
+        fps = fps and fps / (_ticks_per_frame(stream, packets) if counted else 1)
     times = sorted(p.pts for p in packets if p.pts is not None)
     numbers = {time: number for number, time in enumerate(times)}
     if counted or len(shown) < len(packets) or len(numbers) < len(packets):
         return _StreamIndex(shape, fps, {}, [], [])
     keys = sorted((numbers[p.pts], p.dts) for p in packets if p.is_keyframe and p.dts is not None)
-    key_frames, key_times = [number for number, _ in keys], [dts for _, dts in keys]
-    return _StreamIndex(shape, fps, numbers, key_frames, key_times)
+    return _StreamIndex(
+        shape, fps, numbers, [number for number, _ in keys], [dts for _, dts in keys]
+    )
 
 
 def _refuse_truncated(path: Path, stream: Any, packets: list[Any]) -> None:
@@ -289,9 +282,8 @@ def _refuse_truncated(path: Path, stream: Any, packets: list[Any]) -> None:
     if duration is None or not packets or not stream.average_rate:
         return
     declared = 3600 * int(duration[1]) + 60 * int(duration[2]) + float(duration[3])
-    frame = 1 / stream.average_rate
-    end = max((p.pts or 0) + (p.duration or frame / stream.time_base) for p in packets)
-    end *= stream.time_base
+    frame = 1 / stream.average_rate / stream.time_base
+    end = max((p.pts or 0) + (p.duration or frame) for p in packets) * stream.time_base
     if end < declared - 2 / stream.average_rate:
         raise _broken(path, f"truncated: {float(end):.1f} of {declared:.1f} seconds are there")
 
@@ -301,8 +293,7 @@ def _ticks_per_frame(stream: Any, packets: list[Any]) -> float:
     times = sorted(p.dts for p in packets if p.dts is not None)
     if not stream.average_rate or len(times) < 2:
         return 1.0
-    apart = np.median(np.diff(times)) * float(stream.time_base * stream.average_rate)
-    return max(1.0, float(apart))
+    return max(1.0, float(np.median(np.diff(times)) * stream.time_base * stream.average_rate))
 
 
 def _read_av(path: Path, index: _StreamIndex, indices: Sequence[int]) -> np.ndarray:

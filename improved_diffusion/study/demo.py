@@ -37,14 +37,9 @@ from improved_diffusion.sampling.trained_model import (
 )
 from improved_diffusion.sampling.video_sampling import sample_dataset
 from improved_diffusion.study.commands import in_place_of, parse
+from improved_diffusion.study.held_out import BOUND, LEVELS, held_out_errors
 from improved_diffusion.study.options import DemoConfig
-from improved_diffusion.study.training_comparison import (
-    BOUND,
-    LEVELS,
-    Recipe,
-    held_out_errors,
-    parse_recipe,
-)
+from improved_diffusion.study.training_comparison import Recipe, parse_recipe
 from improved_diffusion.training.start import train_run
 
 logger = logging.getLogger(__name__)
