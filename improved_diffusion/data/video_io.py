@@ -92,8 +92,6 @@ def subsampled_length(length: int, step: float) -> int:
 
 def subsample(video: OpenVideo, step: float) -> OpenVideo:
     """The video of the frames 0, step, 2 step, ..., rounded down; step >= 1, also fractional."""
-    if step == 1:
-        return video
     return OpenVideo(
         video.path,
         (subsampled_length(video.shape[0], step), *video.shape[1:]),
@@ -175,9 +173,8 @@ def _open_pt(path: Path) -> OpenVideo:
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise _broken(path, error) from None
     if not isinstance(video, torch.Tensor):
-        raise ValueError(
-            f"{path}: holds a {type(video).__name__}, need a uint8 tensor [T, H, W, 3]"
-        )
+        kind = type(video).__name__
+        raise ValueError(f"{path}: holds a {kind}, need a uint8 tensor [T, H, W, 3]")
     return _from_array(path, video, video.data_ptr() if is_zip and video.is_contiguous() else None)
 
 
@@ -269,9 +266,8 @@ def _stream_index(path: Path, size: int, mtime_ns: int) -> _StreamIndex:
     if counted or len(shown) < len(packets) or len(numbers) < len(packets):
         return _StreamIndex(shape, fps, {}, [], [])
     keys = sorted((numbers[p.pts], p.dts) for p in packets if p.is_keyframe and p.dts is not None)
-    return _StreamIndex(
-        shape, fps, numbers, [number for number, _ in keys], [dts for _, dts in keys]
-    )
+    key_frames = [number for number, _ in keys]
+    return _StreamIndex(shape, fps, numbers, key_frames, [dts for _, dts in keys])
 
 
 def _refuse_truncated(path: Path, stream: Any, packets: list[Any]) -> None:
