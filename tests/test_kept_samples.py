@@ -573,3 +573,18 @@ def test_ranks_share_out_the_videos_that_are_scored(checkpoint, monkeypatch):
         assert bool(written) == (rank == 0)
     assert sorted(computed) == [(0, 0), (0, 2), (1, 1), (1, 3)]
     np.testing.assert_array_equal(np.load(written[0], allow_pickle=True)["psnr"], alone["psnr"])
+
+
+def test_a_folder_that_another_run_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    listings, original = [], Path.glob
+
+    def removed_meanwhile(self, pattern):
+        listings.append(pattern)
+        if len(listings) == 1:
+            raise FileNotFoundError(2, "No such file or directory", "partial/sample_0001-0")
+        return original(self, pattern)
+
+    (tmp_path / "samples").mkdir()
+    np.save(tmp_path / "samples/sample_0000-0.npy", np.zeros(1))
+    monkeypatch.setattr(Path, "glob", removed_meanwhile)
+    assert EvalDir(tmp_path).is_begun() and len(listings) == 2

@@ -115,13 +115,20 @@ def process_start(pid: int) -> str | None:
     return None if values[0] in "ZX" else values[19]
 
 
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    """Path.glob's, sorted, while another run may remove folders: that of Python 3.11 fails then."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(folder.glob(pattern))
+
+
 def remove_leftovers(*folders: Path) -> None:
     """Remove what killed processes left behind in these folders: temporary files and lock files.
 
     Those of processes of this machine that have ended, and those that nobody has touched for a day.
     """
     for folder in folders:
-        for path in [*folder.glob(".*.tmp"), *folder.glob(".*.lock")]:
+        for path in [*files_of(folder, ".*.tmp"), *files_of(folder, ".*.lock")]:
             with contextlib.suppress(OSError):
                 if _is_leftover(path):
                     path.unlink()

@@ -152,7 +152,7 @@ class EvalDir:
     def is_begun(self) -> bool:
         """Whether a sample, finished or not, is here."""
         patterns = ("samples/sample_*.npy", "partial/sample_*/step_*.npz", "partial/sample_*.npz")
-        return any(True for pattern in patterns for _ in self.path.glob(pattern))
+        return any(paths.files_of(self.path, pattern) for pattern in patterns)
 
     def check_config(self, now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         """See that what is sampled here already was made with the options `now`.
@@ -228,7 +228,7 @@ class EvalDir:
     def kept_stages(self, video: int, sample: int) -> set[int]:
         """The inference steps that are kept of an unfinished video."""
         folder = paths.partial_dir(self.path, video, sample)
-        found = (paths.parse_step_name(path.name) for path in folder.glob("step_*.npz"))
+        found = (paths.parse_step_name(path.name) for path in paths.files_of(folder, "step_*.npz"))
         return {stage for stage in found if stage is not None}
 
     def load_step(self, video: int, sample: int, stage: int) -> KeptStep | None:
@@ -245,7 +245,7 @@ class EvalDir:
         self._drop_folder(paths.partial_dir(self.path, video, sample))
 
     def _drop_folder(self, folder: Path) -> None:
-        for path in folder.glob("step_*.npz"):
+        for path in paths.files_of(folder, "step_*.npz"):
             path.unlink(missing_ok=True)
         for empty in (folder, folder.parent):
             with contextlib.suppress(OSError):  # not there, or another run writes in it
@@ -309,15 +309,17 @@ class EvalDir:
 
     def clean_up(self) -> None:
         """Remove what killed runs have left behind: temporary files, stale unfinished videos."""
-        unfinished = [path for path in (self.path / "partial").glob("sample_*") if path.is_dir()]
+        unfinished = [
+            path for path in paths.files_of(self.path / "partial", "sample_*") if path.is_dir()
+        ]
         paths.remove_leftovers(*(self.path / name for name in ("", *FOLDERS)), *unfinished)
         for folder in unfinished:
             if _is_whole(self.path / "samples" / f"{folder.name}.npy"):
                 self._drop_folder(folder)
-        for bounds in (self.path / "partial").glob("elbo_*.npy"):
+        for bounds in paths.files_of(self.path / "partial", "elbo_*.npy"):
             if _is_whole(self.path / "elbos" / bounds.name):
                 bounds.unlink(missing_ok=True)
-        for old in (self.path / "partial").glob("sample_*.npz"):
+        for old in paths.files_of(self.path / "partial", "sample_*.npz"):
             logger.info("%s was kept by an earlier version: that video is begun again", old)
             old.unlink(missing_ok=True)
         for cached in paths.metrics_cache_dir(self.path).glob("sample_*.npy"):
