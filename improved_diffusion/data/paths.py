@@ -123,15 +123,15 @@ def files_of(folder: Path, pattern: str) -> list[Path]:
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Remove what killed processes left behind in these folders: temporary files and lock files.
+    """Remove the temporary files and lock files of killed processes in these folders.
 
     Those of processes of this machine that have ended, and those that nobody has touched for a day.
     """
-    for folder in folders:
-        for path in [*files_of(folder, ".*.tmp"), *files_of(folder, ".*.lock")]:
-            with contextlib.suppress(OSError):
-                if _is_leftover(path):
-                    path.unlink()
+    found = [path for f in folders for end in ("tmp", "lock") for path in files_of(f, f".*.{end}")]
+    for path in found:
+        with contextlib.suppress(OSError):
+            if _is_leftover(path):
+                path.unlink()
 
 
 def _is_leftover(path: Path) -> bool:
