@@ -127,10 +127,9 @@ def remove_leftovers(*folders: Path) -> None:
 
     Those of processes of this machine that have ended, and those that nobody has touched for a day.
     """
-    found = [path for f in folders for end in ("tmp", "lock") for path in files_of(f, f".*.{end}")]
-    for path in found:
+    for path in (path for f in folders for path in files_of(f, ".*.*")):
         with contextlib.suppress(OSError):
-            if _is_leftover(path):
+            if path.suffix in (".tmp", ".lock") and _is_leftover(path):
                 path.unlink()
 
 
