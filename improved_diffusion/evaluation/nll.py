@@ -33,7 +33,7 @@ from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.denoiser import Denoiser
 from improved_diffusion.sampling.options import DEFAULT_BATCH_SIZE
 from improved_diffusion.sampling.plan import OneClip, Task, VideoPlan, chosen_batches, own_jobs
-from improved_diffusion.sampling.results import EvalDir, check_same, read_json, truth_of, write_json
+from improved_diffusion.sampling.results import EvalDir, check_same, truth_of, write_json
 from improved_diffusion.training.validation import stratified_timesteps
 
 logger = logging.getLogger(__name__)
@@ -276,10 +276,10 @@ def _check_config(task: Task, *, stratified: bool) -> dict[str, Any] | None:
     decisive = (*DECISIVE, *vars(task.plan.options), *task.hashes())
     values = {name: stored[name] for name in decisive}
     values["stratified"] = stratified
-    path = paths.elbo_config_path(eval_dir.path)
-    begun = [*eval_dir.path.glob("elbos/elbo_*.npy"), *eval_dir.path.glob("partial/elbo_*.npy")]
-    if begun and path.exists():
-        kept = {"stratified": False} | read_json(path)  # the first versions knew no other
+    patterns = ("elbos/elbo_*.npy", "partial/elbo_*.npy")
+    begun = any(paths.files_of(eval_dir.path, pattern) for pattern in patterns)
+    if begun and (before := eval_dir.bound_config()):
+        kept = {"stratified": False} | before  # the first versions knew no other
         check_same(f"{eval_dir.path / 'elbos'} holds bounds", kept, values)
         return None
     return values

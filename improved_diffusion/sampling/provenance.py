@@ -36,15 +36,18 @@ def stored_options(eval_dir: EvalDir) -> dict[str, Any]:
     return {}
 
 
-def check_side_by_side(eval_dirs: Sequence[EvalDir]) -> None:
-    """Raise ValueError where the videos of evaluation directories are of different data."""
+def check_side_by_side(eval_dirs: Sequence[EvalDir], otherwise: str = "") -> None:
+    """Raise ValueError where the videos of evaluation directories are of different data.
+
+    otherwise: what else the user may do than leave some out.
+    """
     stored = [stored_options(eval_dir) for eval_dir in eval_dirs]
     for name in SHARED:
         found = {str(options[name]) for options in stored if options.get(name)}
         if len(found) > 1:
             raise ValueError(
                 f"these directories differ in {name} ({' and '.join(sorted(found))}), so their videos "
-                "cannot stand side by side: leave some out"
+                f"cannot stand side by side: leave some out{otherwise}"
             )
 
 

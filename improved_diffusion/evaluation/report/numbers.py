@@ -107,7 +107,7 @@ def _check_comparable(strategies: list[Strategy], eval_dirs: list[EvalDir], *, a
         metric_tables.check_comparable(infos, allow=allow)
     if allow:
         return
-    provenance.check_side_by_side(eval_dirs)
+    provenance.check_side_by_side(eval_dirs, ", or go on with --allow_differences")
     bounds = [e.bound_config() for s, e in zip(strategies, eval_dirs, strict=True) if s.bits]
     for name in BOUNDED:
         found = {str(options[name]) for options in bounds if name in options}
