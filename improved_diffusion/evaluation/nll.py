@@ -252,7 +252,7 @@ def _check_truth(task: Task, source: VideoTestSet | OneClip, videos: list[int]) 
 
 
 @contextlib.contextmanager
-def _claimed(task: Task, video: int, frames: np.ndarray, *, stratified: bool) -> Iterator[None]:
+def _claimed(task: Task, video: int, truth: dict[str, Any], *, stratified: bool) -> Iterator[None]:
     """Around writing bounds of a video: what they are made from is stored or compared, alone."""
     eval_dir = EvalDir(task.eval_dir)
     with file_lock(paths.elbo_config_path(eval_dir.path)):
@@ -262,7 +262,7 @@ def _claimed(task: Task, video: int, frames: np.ndarray, *, stratified: bool) ->
             if not eval_dir.model_config_path.exists():
                 write_json(eval_dir.model_config_path, task.model.config)
         if not task.options.obs_video:  # a clip has a hash among the options
-            eval_dir.save_truth(video, truth_of(frames))
+            eval_dir.save_truth(video, truth)
         yield
 
 
@@ -299,7 +299,7 @@ def _bound_videos(
     )
     for video in tqdm(videos, unit="video", disable=not dist_util.is_main()):
         frames = source.read(video, range(task.plan.T))
-        claimed = functools.partial(_claimed, task, video, frames, stratified=stratified)
+        claimed = functools.partial(_claimed, task, video, truth_of(frames), stratified=stratified)
         partial = paths.elbo_partial_path(task.eval_dir, video)
         bits = video_bounds(bound, task.plan, frames, video, partial, claimed)
         with claimed():
