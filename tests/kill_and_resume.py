@@ -32,7 +32,8 @@ from train_runs import (
 
 def start(folder: Path, run_id: str, ranks: int, **options: object) -> subprocess.Popen[bytes]:
     """Start the training command in `folder`, under mpiexec where `ranks` > 1."""
-    settings = {"save_interval": 1, "keep_checkpoints": 2, "num_workers": 1, **options}
+    kept = {} if options.get("save_latest_only") else {"keep_checkpoints": 2}
+    settings = {"save_interval": 1, "num_workers": 1, **kept, **options}
     launch = [MPIEXEC, "-n", str(ranks)] if ranks > 1 else []
     command = [*launch, sys.executable, SCRIPT, *flags("videos", resume_id=run_id, **settings)]
     with open(folder / f"{run_id}.log", "ab") as log:
