@@ -125,7 +125,7 @@ def test_a_data_set_is_required_where_the_file_has_none(parser, tmp_path, capsys
         ),
     ],
 )
-def test_the_resume_command_has_the_launcher_and_replaces_old_resume_options(
+def test_the_resume_command_has_the_launcher_and_replaces_an_old_resume_id(
     monkeypatch, variables, start
 ):
     for name, value in variables.items():
@@ -133,7 +133,8 @@ def test_the_resume_command_has_the_launcher_and_replaces_old_resume_options(
     monkeypatch.setattr(dist_util._world, "size", 4)
     words = ["train.py", "--T=3", "--resume_id", "a", "--resume_checkpoint=x y", "--lr", "1"]
     monkeypatch.setattr(sys, "argv", words)
-    assert runs.resume_command("p/b") == f"{start} train.py --T=3 --lr 1 --resume_id p/b"
+    kept = "--T=3 '--resume_checkpoint=x y' --lr 1"
+    assert runs.resume_command("p/b") == f"{start} train.py {kept} --resume_id p/b"
     monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "/my runs")
     assert runs.resume_command("b").startswith(f"DIFFUSION_BLOB_LOGDIR='/my runs' {start} train.py")
 

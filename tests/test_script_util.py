@@ -142,7 +142,7 @@ def test_illegal_model_options_are_named(options, words):
 
 @pytest.mark.parametrize("options, words", [
     ({"use_fp16": True, "precision": "bf16"}, "--use_fp16 True and --precision bf16"),
-    ({"resume_id": "a", "resume_checkpoint": "b"}, "--resume_id and --resume_checkpoint"),
+    ({"save_latest_only": True, "keep_checkpoints": 2}, "--keep_checkpoints and --save_latest_only"),
     ({"ema_rate": "0.99,x"}, "--ema_rate 0.99,x"),
     ({"batch_size": 0}, "--batch_size 0"),
 ])  # fmt: skip

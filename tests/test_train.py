@@ -198,6 +198,33 @@ def test_resume_checkpoint_starts_a_new_run_from_the_weights(videos):
     assert all(equal(ema, weights) for ema in loop.train_step.emas.values())
 
 
+def test_a_run_that_began_with_given_weights_goes_on_by_the_same_command(videos, caplog):
+    caplog.set_level("INFO")
+    make_loop(videos, resume_id="old", max_steps=1).run_loop()
+    path = "checkpoints/old/model_000001.pt"
+    same = {"resume_id": "tuned", "resume_checkpoint": path}
+    first = make_loop(videos, **same, max_steps=2)
+    assert f"starting at step 0 with the weights of {path}" in caplog.text
+    assert equal(
+        dict(first.train_step.network.state_dict()), checkpoints.load_weights(path).state_dict
+    )
+    first.run_loop()
+    for file in Path("checkpoints/old").glob("*.pt"):
+        file.unlink()  # what a run began with may be gone when it goes on
+    for options in (same, {"resume_id": "tuned"}):
+        again = make_loop(videos, **options, max_steps=2)
+        assert again.step == 2 and again.run.options["resume_checkpoint"] == path
+        again.run.close()
+
+
+def test_a_run_is_not_said_to_begin_with_other_weights_than_it_did(videos):
+    make_loop(videos, resume_id="old", max_steps=1).run_loop()
+    path = "checkpoints/old/model_000001.pt"
+    make_loop(videos, resume_id="own", max_steps=1).run_loop()
+    with pytest.raises(ValueError, match=f"--resume_checkpoint {path}.*/own began with random"):
+        make_loop(videos, resume_id="own", resume_checkpoint=path)
+
+
 def test_weights_that_mean_something_else_start_no_run(videos, caplog):
     caplog.set_level("INFO")
     make_loop(videos, resume_id="old", max_steps=1).run_loop()

@@ -74,6 +74,25 @@ def test_the_same_weights_are_measured_alike_wherever_a_run_was_stopped():
 
 
 @pytest.mark.slow
+def test_runs_may_begin_with_given_weights_which_their_measurements_are_of():
+    compare("--updates", 1, "--out", "first", runs=RUNS[:1])
+    start = "checkpoints/first/published/model_latest.pt"
+    tuned = [f"tuned: --lr 0 --resume_checkpoint {start}"]
+    for updates in (1, 2):
+        compare("--updates", updates, "--every", 1, "--out", "tuned", runs=tuned)
+    errors = [
+        [float(row[str(level)]) for level in held_out.LEVELS]
+        for row in measurements("first") + measurements("tuned")
+    ]
+    assert errors[0] == errors[1] == errors[2]  # nothing was learnt at a rate of 0
+    weights = torch.load(start)
+    weights["step"] = 7
+    torch.save(weights, start)
+    with pytest.raises(ValueError, match="made with other options"):
+        compare("--updates", 3, "--every", 1, "--out", "tuned", runs=tuned)
+
+
+@pytest.mark.slow
 def test_a_run_that_was_trained_for_another_comparison_is_not_measured_as_this_ones():
     compare("--updates", 2, "--out", "one/same", runs=RUNS[:1])
     with pytest.raises(

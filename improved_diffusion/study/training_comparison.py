@@ -25,6 +25,7 @@ from typing import Any
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, flat_options
 from improved_diffusion.data import paths
 from improved_diffusion.data.machine import default_device
+from improved_diffusion.data.metric_weights import sha256
 from improved_diffusion.evaluation.line_styles import line_style
 from improved_diffusion.registry import STRATEGIES, VIDEO_METRICS
 from improved_diffusion.sampling.results import read_json, write_json
@@ -56,13 +57,14 @@ class Recipe:
     diffusion: DiffusionConfig
 
     def stored(self) -> dict[str, Any]:
-        """The options that make its numbers what they are."""
+        """The options that make its numbers what they are, and a hash of the weights it begins with."""
         flat = flat_options(self.train, self.data, self.model, self.diffusion)
+        beginning = self.train.resume_checkpoint
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in flat.items()
             if key not in LIMITS
-        }
+        } | ({"weights_sha256": sha256(beginning)} if beginning else {})
 
 
 def compare(config: ComparisonConfig, run_script: RunScript) -> str:
@@ -125,8 +127,8 @@ def parse_recipe(name: str, words: Sequence[str]) -> Recipe:
 
 def _recipe(config: ComparisonConfig, name: str, words: Sequence[str]) -> Recipe:
     recipe = parse_recipe(name, words)
-    if recipe.train.resume_id or recipe.train.resume_checkpoint:
-        raise ValueError(f"--runs {name}: starts anew: leave out --resume_id, --resume_checkpoint")
+    if recipe.train.resume_id:
+        raise ValueError(f"--runs {name}: is named after itself: leave out --resume_id")
     train = dataclasses.replace(
         recipe.train,
         resume_id=f"{Path(config.out).name}/{name}",

@@ -74,7 +74,9 @@ class TrainConfig:
         "", "run to continue (or to start under this id): folder below checkpoints/"
     )
     resume_checkpoint: str = option(
-        "", "start a new run from the weights of this model or EMA file"
+        "",
+        "start a new run from the weights of this model or EMA file (with --resume_id: unless that "
+        "run has checkpoints)",
     )
     use_fp16: bool = option(False, "float16 with loss scaling (CUDA only)")
     fp16_scale_growth: float = option(1e-3, "growth of log2(loss scale) per good step")
@@ -116,8 +118,6 @@ class TrainConfig:
             raise ValueError(
                 f"--use_fp16 True and --precision {self.precision} exclude each other: choose one"
             )
-        if self.resume_id and self.resume_checkpoint:
-            raise ValueError("--resume_id and --resume_checkpoint exclude each other: choose one")
         for rate in self.ema_rates:
             try:
                 valid = 0 <= float(rate) < 1

@@ -73,7 +73,7 @@ class Run:
 
 
 def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
-    """The run that --resume_id or --resume_checkpoint names, or a fresh one. All ranks must call.
+    """The run that --resume_id names, or a fresh one. All ranks must call.
 
     Args:
         config: the training options.
@@ -101,28 +101,54 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
 def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     run_id = config.resume_id or "".join(secrets.choice(ID_LETTERS) for _ in range(8))
     folder = paths.run_dir(run_id)
-    weights = None
-    if config.resume_checkpoint:
-        found = checkpoints.load_weights(config.resume_checkpoint)
-        _check_meaning(found.config, stored_config, config.resume_checkpoint)
-        weights = found.state_dict
+    # A run that goes on does not need the file it began with, which may be gone by now.
+    weights = None if paths.exists(folder) else _given_weights(config, stored_config)
     _make_folder(folder)
     lock = run_lock.hold(folder)
     signals.before_leaving(run_lock.release_all)
-    if weights is not None or not config.resume_id:
-        return Run(run_id, folder, stored_config, weights=weights, lock=lock)
-    checkpoints.end_killed_saves(folder)
-    state = checkpoints.load_newest(folder)
+    state = None
+    if config.resume_id:
+        checkpoints.end_killed_saves(folder)
+        state = checkpoints.load_newest(folder)
     if state is None:
-        logger.info("%s holds no complete checkpoint: starting at step 0", folder)
-        return Run(run_id, folder, stored_config, lock=lock)
+        weights = weights or _given_weights(config, stored_config)
+        start = f"the weights of {config.resume_checkpoint}" if weights else "random weights"
+        if config.resume_id:
+            message = "%s holds no complete checkpoint: starting at step 0 with %s"
+            logger.info(message, folder, start)
+        return Run(run_id, folder, stored_config, weights=weights, lock=lock)
     _check_options(state.config, stored_config, folder)
+    began_with = _check_beginning(state.config, config.resume_checkpoint, folder)
     if any(key not in state.opt_state for key in OPTIMISER_KEYS):
         raise ValueError(
             f"{folder}: its opt_*.pt is another program's: "
             "start a new run from its weights with --resume_checkpoint"
         )
-    return Run(run_id, folder, stored_config, state, lock=lock)
+    options = {**stored_config, "resume_checkpoint": began_with}
+    return Run(run_id, folder, options, state, lock=lock)
+
+
+def _given_weights(
+    config: TrainConfig, stored_config: Mapping[str, Any]
+) -> dict[str, Tensor] | None:
+    """The weights of --resume_checkpoint, which must mean the same in this run's network."""
+    if not config.resume_checkpoint:
+        return None
+    found = checkpoints.load_weights(config.resume_checkpoint)
+    _check_meaning(found.config, stored_config, config.resume_checkpoint)
+    return found.state_dict
+
+
+def _check_beginning(old: Mapping[str, Any], given: str, folder: str) -> str:
+    """The file whose weights the run in `folder` began with, "" for none; refuse another one."""
+    began_with = old.get("resume_checkpoint", "")
+    if given and given != began_with:
+        began = f"those of {began_with}" if began_with else "random weights"
+        raise ValueError(
+            f"--resume_checkpoint {given}: the run in {folder} began with {began}: "
+            "leave it out to go on, or give another --resume_id"
+        )
+    return began_with
 
 
 def _make_folder(folder: str) -> None:
@@ -215,9 +241,9 @@ def describe_run(options: Mapping[str, Any], run_id: str | None = None) -> dict[
     }
 
 
-def record_run(run: Run, options: Mapping[str, Any]) -> None:
+def record_run(run: Run) -> None:
     """Write config.json beside the run's checkpoints. All ranks must call."""
-    description = describe_run(options, run.run_id)
+    description = describe_run(run.options, run.run_id)
     if not dist_util.is_main():
         return
     path = f"{run.folder}/config.json"
@@ -256,7 +282,7 @@ def resume_command(run_id: str) -> str:
     kept, arguments = [], iter(sys.argv[1:])
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if name in ("--resume_id", "--resume_checkpoint"):
+        if name == "--resume_id":
             if not equals:
                 next(arguments, None)
         else:

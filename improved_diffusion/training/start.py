@@ -80,7 +80,7 @@ def create_train_loop(
     torch.manual_seed(train.seed)
     network = create_model(model)
     run = open_run(train, stored)
-    record_run(run, stored)
+    record_run(run)
     return TrainLoop(
         network,
         process,
