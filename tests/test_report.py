@@ -199,7 +199,10 @@ def test_a_page_that_would_be_too_large_says_what_it_left_out(folders, caplog):
     assert 0 < len(shown) < 6 and len(page.encode()) <= limit * 1e6
     left = [f"{video} (sample 1)" for video in sorted(EvalDir(folders[0]).samples())][-1]
     assert left in page and left in caplog.text
-    assert "No videos" in report(folders, max_mb=0.001)
+    with pytest.raises(ValueError, match=r"--max_mb 0.001: without any video") as refused:
+        report(folders, max_mb=0.001)
+    bare = float(re.search(r"has ([\d.]+) MB", str(refused.value))[1])
+    assert "No videos" in report(folders, max_mb=1.02 * bare + 0.01)
 
 
 def test_what_earlier_versions_did_not_record_is_named(folders, tmp_path):

@@ -41,6 +41,11 @@ def write_report(config: ReportConfig) -> Path:
     bare = len(render(config, numbers, Videos()).encode())
     names = [strategy.name for strategy in numbers.strategies]
     room = config.max_mb * MEGABYTE - 1.01 * bare  # and a little for what is left out
+    if room < 0:
+        raise ValueError(
+            f"--max_mb {config.max_mb:g}: without any video the page has {bare / MEGABYTE:.2f} MB: "
+            "give more, or fewer folders"
+        )
     page = render(config, numbers, gather_videos(config, names, room)).encode()
     path = Path(config.out)
     with atomic_write(path) as file:
