@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from improved_diffusion import dist_util
+from improved_diffusion.data.dataset_conversion import SOURCE_FILE
 from improved_diffusion.data.paths import atomic_write
 from improved_diffusion.registry import DATASETS
 from improved_diffusion.script_util import run_main
@@ -197,6 +198,14 @@ def write_walk(job: Job, folder: Path, num_frames: int) -> None:
                 np.save(file, array)
 
 
+def _keep_only(folder: Path, names: set[str]) -> None:
+    """Remove walks that an interrupted run of more videos has left beside those of these names."""
+    for path in list(folder.rglob("*.npy")):
+        name = path.relative_to(folder).as_posix().removeprefix("poses/")
+        if name not in names:
+            path.unlink()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the options and render; an interrupted run goes on where it stopped."""
     from tqdm import tqdm
@@ -213,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.num_train < 1 or args.num_test < 1:
         raise ValueError("--num_train and --num_test must be at least 1")
     jobs = walk_jobs(args.seed, args.num_train, args.num_test)
+    made_with = spec.root / SOURCE_FILE
     if spec.root.exists():
+        said = made_with.read_text() if made_with.exists() else f"seed {args.seed}"
+        if said != f"seed {args.seed}":
+            raise ValueError(f"{spec.root}: was made with {said}; remove it to make another")
         if not all((spec.root / name).exists() for name, _ in jobs):
             raise ValueError(f"{spec.root}: exists with fewer videos; remove it to render more")
         logger.info("%s exists: nothing to do; remove it to render it again", spec.root)
@@ -229,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         walks = pool.imap_unordered(write, jobs)
         for _ in tqdm(walks, desc=f"rendering {spec.name}", total=len(jobs), unit="video"):
             pass
+    _keep_only(unfinished, {name for name, _ in jobs})
+    (unfinished / SOURCE_FILE).write_text(f"seed {args.seed}")
     os.rename(unfinished, spec.root)
     print(spec.root)
 

@@ -79,6 +79,27 @@ def test_an_interrupted_rendering_goes_on_and_keeps_poses_beside(mazes, tmp_path
     assert np.load(tmp_path / "poses/test/0.npy").shape == (4, 3)
 
 
+def test_a_set_made_with_another_seed_is_not_taken_for_this_ones(mazes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "datasets/memory_mazes"
+    for partition in ("train", "test"):
+        (folder / partition).mkdir(parents=True)
+        (folder / partition / "0.npy").touch()
+    (folder / "source.txt").write_text("seed 3")
+    with pytest.raises(ValueError, match="memory_mazes: was made with seed 3; remove it"):
+        mazes["main"](["--num_train", "1", "--num_test", "1"])
+    mazes["main"](["--num_train", "1", "--num_test", "1", "--seed", "3"])
+
+
+def test_walks_of_an_interrupted_larger_run_are_left_out(mazes, tmp_path):
+    for name in ("train/0.npy", "train/1.npy", "poses/train/0.npy", "poses/train/1.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    mazes["_keep_only"](tmp_path, {"train/0.npy"})
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.npy"))
+    assert left == ["poses/train/0.npy", "train/0.npy"]
+
+
 def test_a_walk_has_its_seed_whatever_the_number_of_walks(mazes):
     few, many = mazes["walk_jobs"](0, 1, 1), mazes["walk_jobs"](0, 5, 5)
     assert set(few) < set(many) and len(set(many)) == 10
