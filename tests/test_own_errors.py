@@ -41,6 +41,18 @@ def test_observed_frames_alone_become_the_networks_own(videos):
     assert step.network.training
 
 
+def test_they_are_denoised_from_the_less_noisy_half_of_the_timesteps(videos, monkeypatch):
+    step, batch = step_and_batch(videos, resample_observed=1.0)
+    seen = []
+    monkeypatch.setattr(
+        step.own_errors.denoiser, "denoise", lambda x_t, t, alone: seen.append(t) or x_t
+    )
+    for position in range(100):
+        step.own_errors(batch, position=position)
+    steps, drawn = step.own_errors.denoiser.diffusion.num_timesteps, torch.cat(seen)
+    assert drawn.min() < 0.05 * steps and 0.4 * steps < drawn.max() < 0.5 * steps
+
+
 def test_in_that_call_they_alone_are_latent_and_the_latent_ones_absent(videos, monkeypatch):
     step, batch = step_and_batch(videos, resample_observed=1.0)
     seen = []
