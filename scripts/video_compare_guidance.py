@@ -16,9 +16,9 @@ EPILOG = """\
 examples:
   python scripts/video_compare_guidance.py checkpoints/pretrained/bouncy_balls/ema_0.99_latest.pt \\
     --inference_mode autoreg --T 18 --obs_length 10 --step_size 4 --subset_size 4 --num_samples 2 \\
-    --sampler unipc --timestep_respacing 10 --spacing logsnr
+    --sampler ipndm4 --timestep_respacing 10 --spacing logsnr
   python scripts/video_compare_guidance.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 \\
-    --step_size 10 --subset_size 8 --num_samples 2 --sampler unipc --timestep_respacing 10 \\
+    --step_size 10 --subset_size 8 --num_samples 2 --sampler ipndm4 --timestep_respacing 10 \\
     --spacing logsnr
 """
 

@@ -9,7 +9,7 @@ EPILOG = """\
 examples:
   python scripts/video_sample.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode hierarchy-2 --step_size 10
   python scripts/video_sample.py checkpoints/ID/ema_0.9999_latest.pt --inference_mode autoreg --step_size 10 \\
-    --sampler unipc --timestep_respacing 10 --spacing logsnr --subset_size 8
+    --sampler ipndm4 --timestep_respacing 10 --spacing logsnr --subset_size 8
 """
 
 

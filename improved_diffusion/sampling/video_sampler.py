@@ -180,7 +180,7 @@ def sample_video(
     *,
     max_frames: int | None = None,
     step_size: int | None = None,
-    sampler: str = "unipc",
+    sampler: str = "ipndm4",
     spacing: str = "logsnr",
     steps: int = 10,
     seed: int = 0,

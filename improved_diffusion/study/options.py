@@ -59,7 +59,7 @@ class DemoConfig:
     num_videos: int = option(8, "test videos of bouncy_balls to sample")
     T: int = option(16, "length of these videos")
     obs_length: int = option(8, "frames observed at their start")
-    timesteps: int = option(10, "timesteps of sampling them")
+    timesteps: int = option(6, "timesteps of sampling them")
     queries: int = option(12, "held-out inference steps to measure errors on")
     warm_up_updates: int = option(20, "updates that measure the speed of this machine")
 
