@@ -81,7 +81,8 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
 
     Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
     into memory. Raises ValueError where a saved network, diffusion process, objective or optimiser
-    differs from this run's options or no checkpoint is whole, FileNotFoundError for a missing
+    differs from this run's options, the run began with other weights than --resume_checkpoint or no
+    checkpoint is whole, FileNotFoundError for a missing
     --resume_checkpoint, OSError where the folder cannot be made or another process has it,
     signals.Interrupted where a signal came before.
     """
