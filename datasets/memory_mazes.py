@@ -222,10 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.num_train < 1 or args.num_test < 1:
         raise ValueError("--num_train and --num_test must be at least 1")
     jobs = walk_jobs(args.seed, args.num_train, args.num_test)
-    made_with = spec.root / SOURCE_FILE
+    source = f"seed {args.seed}"
     if spec.root.exists():
-        said = made_with.read_text() if made_with.exists() else f"seed {args.seed}"
-        if said != f"seed {args.seed}":
+        told = spec.root / SOURCE_FILE  # which earlier versions did not write
+        said = told.read_text() if told.exists() else source
+        if said != source:
             raise ValueError(f"{spec.root}: was made with {said}; remove it to make another")
         if not all((spec.root / name).exists() for name, _ in jobs):
             raise ValueError(f"{spec.root}: exists with fewer videos; remove it to render more")
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in tqdm(walks, desc=f"rendering {spec.name}", total=len(jobs), unit="video"):
             pass
     _keep_only(unfinished, {name for name, _ in jobs})
-    (unfinished / SOURCE_FILE).write_text(f"seed {args.seed}")
+    (unfinished / SOURCE_FILE).write_text(source)
     os.rename(unfinished, spec.root)
     print(spec.root)
 

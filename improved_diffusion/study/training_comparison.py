@@ -57,14 +57,18 @@ class Recipe:
     diffusion: DiffusionConfig
 
     def stored(self) -> dict[str, Any]:
-        """The options that make its numbers what they are, and a hash of the weights it begins with."""
+        """The options that make its numbers what they are."""
         flat = flat_options(self.train, self.data, self.model, self.diffusion)
-        beginning = self.train.resume_checkpoint
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in flat.items()
             if key not in LIMITS
-        } | ({"weights_sha256": sha256(beginning)} if beginning else {})
+        }
+
+    def beginning(self) -> dict[str, str]:
+        """What tells the weights that it begins with from others; nothing for random ones."""
+        file = self.train.resume_checkpoint
+        return {"resume_checkpoint_sha256": sha256(file)} if file else {}
 
 
 def compare(config: ComparisonConfig, run_script: RunScript) -> str:
@@ -147,7 +151,7 @@ def _train_and_measure(config: ComparisonConfig, recipe: Recipe) -> list[dict[st
     The seconds are those of training, with starting the run anew after each measurement.
     """
     path = Path(config.out) / f"{recipe.name}.json"
-    made_with = {"options": recipe.stored(), **_measured_with(config)}
+    made_with = {"options": recipe.stored() | recipe.beginning(), **_measured_with(config)}
     kept = read_json(path) if path.exists() else {"rows": [], **made_with}
     differing = [key for key in made_with if kept.get(key) != made_with[key]]
     if differing:

@@ -82,9 +82,8 @@ def open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
     Rank 0 makes and locks the folder and chooses the checkpoint; every rank then maps its files
     into memory. Raises ValueError where a saved network, diffusion process, objective or optimiser
     differs from this run's options, the run began with other weights than --resume_checkpoint or no
-    checkpoint is whole, FileNotFoundError for a missing
-    --resume_checkpoint, OSError where the folder cannot be made or another process has it,
-    signals.Interrupted where a signal came before.
+    checkpoint is whole, FileNotFoundError for a missing --resume_checkpoint, OSError where the folder
+    cannot be made or another process has it, signals.Interrupted where a signal came before.
     """
     signals.leave_if_signalled()
     own = _open_run(config, stored_config) if dist_util.is_main() else None
@@ -113,8 +112,8 @@ def _open_run(config: TrainConfig, stored_config: Mapping[str, Any]) -> Run:
         state = checkpoints.load_newest(folder)
     if state is None:
         weights = weights or _given_weights(config, stored_config)
-        start = f"the weights of {config.resume_checkpoint}" if weights else "random weights"
         if config.resume_id:
+            start = f"the weights of {config.resume_checkpoint}" if weights else "random weights"
             message = "%s holds no complete checkpoint: starting at step 0 with %s"
             logger.info(message, folder, start)
         return Run(run_id, folder, stored_config, weights=weights, lock=lock)
